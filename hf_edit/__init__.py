@@ -1,0 +1,36 @@
+"""EDiT for Hugging Face: replicas train alone and meet in outer syncs (arXiv 2412.07210).
+
+The names below are loaded on first use, so that `import hf_edit` costs no more than `import torch`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_edit.config import EDiTConfig as EDiTConfig
+    from hf_edit.telemetry import EDiTStats as EDiTStats
+    from hf_edit.trainer import EDiTMixin as EDiTMixin
+    from hf_edit.trainer import EDiTTrainer as EDiTTrainer
+
+__version__ = "0.1.0"
+__all__ = ["EDiTConfig", "EDiTMixin", "EDiTStats", "EDiTTrainer"]
+
+_HOMES = {
+    "EDiTConfig": "hf_edit.config",
+    "EDiTMixin": "hf_edit.trainer",
+    "EDiTStats": "hf_edit.telemetry",
+    "EDiTTrainer": "hf_edit.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hf_edit' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

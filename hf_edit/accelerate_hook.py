@@ -1,0 +1,162 @@
+"""Accelerate's part: replicas in, a mesh that FSDP2 shards over the replica only. Nothing else knows Accelerate.
+
+`ParallelismConfig.fsdp_dim_names` names the mesh axes that `fully_shard` gets. Without `dp_replicate` among them,
+Accelerate shards over the replica and leaves the replicas to themselves, while its data loader still gives every rank
+its own data.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator, ParallelismConfig, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from hf_edit.config import EDiTConfig
+from hf_edit.groups import Layout, default_num_replicas
+
+
+@dataclass(repr=False)
+class ReplicaParallelismConfig(ParallelismConfig):
+    """`dp_replicate_size` replicas of `dp_shard_size` ranks, FSDP2 sharding over the replica only.
+
+    It also turns FSDP2 on for CPU, which Accelerate 1.15 does not: `AcceleratorState` stays MULTI_CPU, drops the
+    plugin, and DDP would be used silently.
+    """
+
+    cpu_fsdp_plugin: FullyShardedDataParallelPlugin | None = None
+
+    @property
+    def fsdp_dim_names(self) -> list[str]:
+        return ["dp_shard_cp"]
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        # Private in Accelerate 1.15, and the first call that gets the accelerator: FSDP2 must be on before it checks
+        # that this configuration has FSDP2. tests/launch fails when it moves: ranks would come up under DDP.
+        if self.cpu_fsdp_plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+            if accelerator.mixed_precision != "no":
+                self.cpu_fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+            PartialState().distributed_type = DistributedType.FSDP
+            accelerator.state.distributed_type = DistributedType.FSDP
+            accelerator.state.fsdp_plugin = self.cpu_fsdp_plugin
+        super()._validate_accelerator(accelerator)
+
+
+def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
+    """How the processes of this launch form replicas; refuses what EDiT cannot train with.
+
+    Args:
+        args: `TrainingArguments`.
+
+    Raises:
+        ValueError: what was given, what is allowed, what to do.
+    """
+    _check_launcher(args)
+    if args.world_size == 1:
+        return Layout.split(1, config.num_replicas or 1, 0)
+    _refuse_unsupported(args, model)
+    given = args.parallelism_config
+    if given is None and _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        given = ParallelismConfig()
+    for axis in ("tp", "cp", "sp"):
+        if given is not None and getattr(given, f"{axis}_size") > 1:
+            raise ValueError(
+                f"{axis}_size={getattr(given, f'{axis}_size')}: EDiT shards a replica with FSDP2 (dp_shard) alone. "
+                f"Set {axis}_size to 1."
+            )
+    num_replicas = config.num_replicas or default_num_replicas(
+        args.world_size, fsdp=wants_fsdp(args), dp_replicate_size=given.dp_replicate_size if given else None
+    )
+    layout = Layout.split(args.world_size, num_replicas, args.process_index)
+    if layout.num_replicas > 1 and layout.replica_size > 1 and not wants_fsdp(args):
+        raise ValueError(
+            f"num_replicas={num_replicas} on {args.world_size} processes gives replicas of {layout.replica_size} ranks,"
+            " which need FSDP2, but FSDP is off. Set fsdp=True in TrainingArguments (or take an Accelerate config with "
+            f"fsdp_version: 2), or set num_replicas={args.world_size} for replicas of one rank."
+        )
+    return layout
+
+
+def wants_fsdp(args: Any) -> bool:
+    """True if TrainingArguments or the Accelerate config file ask for FSDP."""
+    return args.fsdp_plugin_args is not None or _flag("ACCELERATE_USE_FSDP")
+
+
+def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout) -> dict[str, Any]:
+    """The arguments of `Accelerator` for `layout`, from those that the Trainer built."""
+    on_cpu = args.device.type == "cpu"
+    if not wants_fsdp(args) or args.world_size == 1 or (layout.num_replicas == 1 and not on_cpu):
+        if layout.num_replicas > 1:
+            built["parallelism_config"] = None
+        return built
+    if layout.replica_size == 1:
+        # Nothing to shard: DDP. The Trainer must not see FSDP either, hence the arguments and the variable.
+        args.fsdp, args.fsdp_plugin_args = None, None
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+        return {**built, "fsdp_plugin": None, "parallelism_config": None}
+    plugin = built.get("fsdp_plugin") or FullyShardedDataParallelPlugin()
+    parallelism = ReplicaParallelismConfig(
+        dp_replicate_size=layout.num_replicas,
+        dp_shard_size=layout.replica_size,
+        cpu_fsdp_plugin=plugin if on_cpu else None,
+    )
+    return {**built, "fsdp_plugin": plugin, "parallelism_config": parallelism}
+
+
+def check_accelerator(accelerator: Accelerator, layout: Layout) -> None:
+    """The accelerator must have come up as `layout` says.
+
+    Raises:
+        RuntimeError: another Accelerator of this process was there first, with another layout.
+    """
+    if layout.replica_size == 1 or layout.num_replicas == 1:
+        return
+    parallelism = accelerator.parallelism_config
+    if not accelerator.is_fsdp2 or not isinstance(parallelism, ReplicaParallelismConfig) or (
+        parallelism.dp_replicate_size, parallelism.dp_shard_size
+    ) != (layout.num_replicas, layout.replica_size):  # fmt: skip
+        raise RuntimeError(
+            f"EDiT needs {layout}, but this process has an Accelerator already, which came up with "
+            f"{accelerator.distributed_type.value} and {parallelism}. Create the EDiTTrainer before any other "
+            "Accelerator, or leave accelerator_config.use_configured_state off."
+        )
+
+
+def _check_launcher(args: Any) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(
+            f"The launcher started {launched} processes (WORLD_SIZE={launched}), but Accelerate sees "
+            f"{args.world_size}: each process would train alone. On CPU, set ACCELERATE_USE_CPU=true or "
+            "TrainingArguments(use_cpu=True); on GPUs, check that every process sees its own."
+        )
+
+
+def _refuse_unsupported(args: Any, model: Any) -> None:
+    if args.deepspeed or _flag("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("EDiT shards replicas with FSDP2, but DeepSpeed is on. Turn DeepSpeed off and set fsdp=True.")
+    if _flag("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError("EDiT shards replicas with FSDP2, but Megatron-LM is on. Turn it off and set fsdp=True.")
+    if wants_fsdp(args):
+        version = (args.fsdp_plugin_args or {}).get("fsdp_version") or int(os.environ.get("FSDP_VERSION", "1"))
+        if version != 2:
+            raise ValueError(
+                f"fsdp_version={version}: EDiT needs FSDP2. Set fsdp_version: 2 in the Accelerate config file, or "
+                "fsdp_config={'version': 2} in TrainingArguments."
+            )
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "The model was sharded when it was loaded (DistributedConfig), so replicas cannot be formed any more. Load "
+            "it without distributed_config; EDiTTrainer shards it."
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches=True: process 0 would send every batch to all replicas. Leave dispatch_batches unset; "
+            "every process then reads its own part of the data."
+        )
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes", "on")

@@ -1,0 +1,241 @@
+"""EDiTConfig: every knob of the method, said once.
+
+A field's `help` is its only description: `--help` of a script shows it, the README's table is made from it, and a test
+fails when the two drift apart. The defaults are the paper's method (EDiT, arXiv 2412.07210).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+CONFIG_ENV_VAR = "EDIT_CONFIG"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "edit": {},
+    "a-edit": {"sync_seconds": 600.0, "weighting": "norm"},
+    "diloco": {
+        "outer_lr": 0.7,
+        "outer_momentum": 0.9,
+        "weighting": "uniform",
+        "anomaly_threshold": None,
+        "max_pseudo_grad_norm": None,
+    },
+    "post-local-sgd": {
+        "outer_optimizer": "none",
+        "weighting": "uniform",
+        "anomaly_threshold": None,
+        "max_pseudo_grad_norm": None,
+    },
+}
+
+
+def _knob(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDiTConfig:
+    """The settings of EDiT. `EDiTConfig()` is the paper's method; `EDiTConfig.preset(name)` gives its relatives.
+
+    `warmup_steps` is also accepted and readable under that name; the field, and so the command-line flag, is
+    `edit_warmup_steps`, because `--warmup_steps` belongs to `TrainingArguments` (the learning rate's warm-up) and one
+    `HfArgumentParser` cannot hold it twice.
+
+    Raises:
+        ValueError: a value is out of range or two settings exclude each other; the text names the value, the rule
+            and the way out.
+    """
+
+    num_replicas: int | None = _knob(
+        None,
+        "Number of replicas R. Unset: Accelerate's dp_replicate_size if given; else one per node; on a single node "
+        "one per process without FSDP, one in all with FSDP.",
+    )
+    sync_interval: int = _knob(128, "Inner steps between two outer syncs (tau).")
+    sync_seconds: float | None = _knob(
+        None, "Seconds between two outer syncs (A-EDiT); takes the place of sync_interval."
+    )
+    edit_warmup_steps: int = _knob(
+        0, "Synchronous steps first, with gradients averaged over all replicas. In Python also `warmup_steps`."
+    )
+    outer_optimizer: str = _knob(
+        "nesterov",
+        'Outer optimizer: "nesterov", "sgd", "none" (take the average), or in Python a callable params -> '
+        "torch.optim.Optimizer.",
+    )
+    outer_lr: float = _knob(0.8, "Learning rate of the outer optimizer.")
+    outer_momentum: float = _knob(0.85, "Momentum of the outer optimizer.")
+    anomaly_threshold: float | None = _knob(
+        3.0,
+        "A replica whose pseudo-gradient norm lies more than this many standard deviations above its moving mean is "
+        "left out (delta). None or inf: only non-finite ones are.",
+    )
+    ema_alpha: float = _knob(0.02, "Weight of the newest norm in the moving mean and variance of the norms.")
+    ema_warmup_syncs: int = _knob(10, "Norms that a detector must have seen before it may call one anomalous.")
+    max_consecutive_anomalies: int = _knob(
+        3, "A finite norm that is anomalous this many times in a row is the new normal: its detector restarts."
+    )
+    weighting: Literal["norm", "uniform", "steps"] = _knob(
+        "norm", 'Weights of the replicas: "norm" (softmax of minus the norm), "uniform", "steps" (inner steps done).'
+    )
+    softmax_temperature: float = _knob(1.0, 'Temperature of the softmax of weighting="norm".')
+    max_pseudo_grad_norm: float | None = _knob(
+        10.0, "Norm to which a unit's averaged pseudo-gradient is clipped (phi). None or inf: no clipping."
+    )
+    overlap: Literal["none", "forward", "delayed"] = _knob(
+        "forward",
+        'What hides a sync: "none" (blocks), "forward" (layer by layer in the next forward pass), "delayed" (in the '
+        "background, applied delay_steps later).",
+    )
+    delay_steps: int = _knob(4, 'Inner steps between the start and the application of a sync with overlap="delayed".')
+    offload_outer_state: bool = _knob(
+        False, "Keep anchor and outer momentum in (pinned) host memory between syncs."
+    )
+    sync_timeout_seconds: float = _knob(
+        600.0, "Longest wait without progress in a sync before it fails with the names of the missing replicas."
+    )
+    loss_spike_threshold: float = _knob(
+        6.0, "Standard deviations above the moving mean of the logged loss that count as a loss spike."
+    )
+
+    def __post_init__(self) -> None:
+        self._check_triggers()
+        for name in ("num_replicas", "max_consecutive_anomalies", "delay_steps"):
+            value = getattr(self, name)
+            if value is not None and not _is_int(value, at_least=1):
+                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
+        for name in ("edit_warmup_steps", "ema_warmup_syncs"):
+            if not _is_int(getattr(self, name), at_least=0):
+                raise ValueError(f"{name}={getattr(self, name)!r}: a whole number of at least 0 is needed.")
+        for name in ("anomaly_threshold", "softmax_temperature", "max_pseudo_grad_norm", "outer_lr",
+                     "sync_timeout_seconds", "loss_spike_threshold"):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name in ("anomaly_threshold", "max_pseudo_grad_norm"):
+                continue
+            if not _is_number(value) or not value > 0:
+                raise ValueError(f"{name}={value!r}: a number above 0 is needed{_OFF_HINTS.get(name, '')}.")
+        if not _is_number(self.outer_momentum) or not 0 <= self.outer_momentum < 1:
+            raise ValueError(f"outer_momentum={self.outer_momentum!r}: a number in [0, 1) is needed.")
+        if not _is_number(self.ema_alpha) or not 0 < self.ema_alpha <= 1:
+            raise ValueError(f"ema_alpha={self.ema_alpha!r}: a number in (0, 1] is needed.")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (name == "outer_optimizer" and callable(value)):
+                also = ", or a callable params -> torch.optim.Optimizer" if name == "outer_optimizer" else ""
+                raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, choices))}{also} is needed.")
+
+    def _check_triggers(self) -> None:
+        if not _is_int(self.sync_interval, at_least=1):
+            raise ValueError(
+                f"sync_interval={self.sync_interval!r}: replicas need a whole number of at least 1 inner steps between "
+                "syncs. Give sync_interval=1 to sync after every step."
+            )
+        if self.sync_seconds is None:
+            return
+        if not _is_number(self.sync_seconds) or not 0 < self.sync_seconds < math.inf:
+            raise ValueError(f"sync_seconds={self.sync_seconds!r}: a number of seconds above 0 is needed.")
+        if self.sync_interval != type(self).sync_interval:
+            raise ValueError(
+                f"sync_interval={self.sync_interval} and sync_seconds={self.sync_seconds} are both set, but a sync has "
+                "one trigger. Leave out sync_seconds to sync by steps, or sync_interval to sync by time (A-EDiT)."
+            )
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> EDiTConfig:
+        """The configuration called `name`, with `overrides` on top.
+
+        "edit" is the paper's method, "a-edit" its time-triggered form, "diloco" has uniform weights, no penalty and
+        Nesterov 0.7/0.9 (arXiv 2311.08105), "post-local-sgd" averages the parameters (arXiv 1808.07217).
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r}: one of {', '.join(map(repr, PRESETS))} is needed.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def load(cls, source: EDiTConfig | dict[str, Any] | str | os.PathLike[str] | None) -> EDiTConfig:
+        """`source` as an EDiTConfig: one already, a dict, a YAML or JSON file, or None.
+
+        None stands for the file named by the environment variable `EDIT_CONFIG`, else for the defaults.
+        """
+        if isinstance(source, cls):
+            return source
+        if source is None:
+            source = os.environ.get(CONFIG_ENV_VAR) or {}
+        where = ""
+        if isinstance(source, str | os.PathLike):
+            where = f" in {os.fspath(source)}"
+            source = _read_mapping(Path(source))
+        if not isinstance(source, dict):
+            raise ValueError(
+                f"edit_config={source!r}: an EDiTConfig, a dict, or a path to a YAML or JSON file is needed{where}."
+            )
+        allowed = [f.name for f in dataclasses.fields(cls)] + ["warmup_steps"]
+        unknown = sorted(set(source) - set(allowed))
+        if unknown:
+            raise ValueError(f"Unknown EDiTConfig settings{where}: {unknown}. Known: {', '.join(sorted(allowed))}.")
+        return cls(**source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting by its name, a callable outer optimizer by its own; takes JSON."""
+        values = dataclasses.asdict(self)
+        if callable(values["outer_optimizer"]):
+            values["outer_optimizer"] = getattr(values["outer_optimizer"], "__qualname__", "callable")
+        return values
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.edit_warmup_steps
+
+
+def _accept_warmup_steps(init: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: EDiTConfig, **settings: Any) -> None:
+        if "warmup_steps" in settings:  # wins over edit_warmup_steps, which dataclasses.replace always passes
+            settings["edit_warmup_steps"] = settings.pop("warmup_steps")
+        init(self, **settings)
+
+    __init__.__doc__ = init.__doc__
+    return __init__
+
+
+EDiTConfig.__init__ = _accept_warmup_steps(EDiTConfig.__init__)  # type: ignore[method-assign]
+
+_CHOICES = {
+    "outer_optimizer": ("nesterov", "sgd", "none"),
+    "weighting": ("norm", "uniform", "steps"),
+    "overlap": ("none", "forward", "delayed"),
+}
+_OFF_HINTS = {
+    "anomaly_threshold": ", or None to turn the z-test off",
+    "max_pseudo_grad_norm": ", or None to turn clipping off",
+}
+
+
+def _is_int(value: Any, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _read_mapping(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"edit_config={os.fspath(path)!r}: no such file. Give a path to a YAML or JSON file.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            return json.loads(text)
+        import yaml  # a dependency of transformers and accelerate
+
+        return yaml.safe_load(text) or {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error

@@ -1,0 +1,259 @@
+"""Which ranks are a replica, which a sync group, and the one interface to the other replicas.
+
+Ranks are laid out row by row: replica i holds the ranks i*S ... i*S + S - 1 (mesh axis `dp_shard`), a sync group the
+ranks with the same position in every replica (mesh axis `dp_replicate`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """R replicas of S ranks each, and where this rank is among them."""
+
+    num_replicas: int
+    replica_size: int
+    rank: int
+
+    @classmethod
+    def split(cls, world_size: int, num_replicas: int, rank: int) -> Layout:
+        """The layout of `world_size` ranks in `num_replicas` replicas.
+
+        Raises:
+            ValueError: fewer ranks than replicas, or a world that they do not divide.
+        """
+        if num_replicas > world_size:
+            raise ValueError(
+                f"num_replicas={num_replicas}, but only {world_size} process(es) take part: a replica needs at least "
+                f"one. Launch at least {num_replicas} processes or set num_replicas to at most {world_size}."
+            )
+        if world_size % num_replicas:
+            fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            raise ValueError(
+                f"num_replicas={num_replicas} does not divide the {world_size} processes; all replicas must have the "
+                f"same size. With {world_size} processes num_replicas can be one of {fitting}."
+            )
+        return cls(num_replicas, world_size // num_replicas, rank)
+
+    @property
+    def replica(self) -> int:
+        """Index of this rank's replica."""
+        return self.rank // self.replica_size
+
+    @property
+    def shard(self) -> int:
+        """Index of this rank in its replica."""
+        return self.rank % self.replica_size
+
+    def replica_ranks(self, replica: int) -> list[int]:
+        return list(range(replica * self.replica_size, (replica + 1) * self.replica_size))
+
+    def sync_ranks(self, shard: int) -> list[int]:
+        return list(range(shard, self.num_replicas * self.replica_size, self.replica_size))
+
+    def __str__(self) -> str:
+        return f"{self.num_replicas} replicas x {self.replica_size} shards"
+
+
+def default_num_replicas(world_size: int, *, fsdp: bool, dp_replicate_size: int | None) -> int:
+    """R where the user named none: `dp_replicate_size`, else one per node; on a single node one per process, or one
+    in all with FSDP."""
+    if dp_replicate_size is not None and dp_replicate_size > 1:
+        return dp_replicate_size
+    num_nodes = max(1, world_size // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
+    if num_nodes > 1:
+        return num_nodes
+    return 1 if fsdp else world_size
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> None: ...
+
+
+class Peers(Protocol):
+    """The other replicas, as an outer sync sees them. Every rank talks to the ranks of its own sync group.
+
+    A fault-tolerant engine can stand behind these three methods. All replicas call them in the same order.
+    """
+
+    num_replicas: int
+    replica: int
+    bytes_sent: int  # by this rank so far, as the algorithms' payload
+
+    def gather(self, vector: Tensor) -> Callable[[], Tensor]:
+        """Starts gathering `vector` [K]; the result waits for it and returns [R, K], equal on all replicas."""
+        ...
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> Pending:
+        """Starts summing each tensor over the replicas, in place and in the background."""
+        ...
+
+    def commit(self, sync: int) -> bool:
+        """True if every replica can carry out sync number `sync`, and then all of them do."""
+        ...
+
+
+class ProcessGroupPeers:
+    """`Peers` over a torch process group: the members are fixed, and one that is missing ends the training.
+
+    Args:
+        layout: where this rank is.
+        timeout_seconds: longest wait without progress.
+
+    All ranks of the world construct it together.
+    """
+
+    def __init__(self, layout: Layout, timeout_seconds: float) -> None:
+        self.layout = layout
+        self.num_replicas = layout.num_replicas
+        self.replica = layout.replica
+        self.timeout = timedelta(seconds=timeout_seconds)
+        self.replica_group = _own_group([layout.replica_ranks(i) for i in range(layout.num_replicas)], self.timeout)
+        self.sync_group = _own_group([layout.sync_ranks(i) for i in range(layout.replica_size)], self.timeout)
+        self._arrivals = 0
+        self.bytes_sent = 0
+
+    def gather(self, vector: Tensor) -> Callable[[], Tensor]:
+        self._arrivals += 1
+        self._announce()
+        table = vector.new_empty(self.num_replicas * vector.numel())
+        with self._blame():
+            work = dist.all_gather_into_tensor(table, vector, group=self.sync_group, async_op=True)
+        self.bytes_sent += vector.nbytes * (self.num_replicas - 1)
+
+        def result() -> Tensor:
+            with self._blame():
+                work.wait(self.timeout)
+            return table.view(self.num_replicas, -1)
+
+        return result
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> Pending:
+        # A ring sends every element 2 (R - 1) / R times.
+        self.bytes_sent += sum(t.nbytes for t in tensors) * 2 * (self.num_replicas - 1) // self.num_replicas
+        with self._blame():
+            works = [dist.all_reduce(t, group=self.sync_group, async_op=True) for t in tensors]
+        return _Works(works, self)
+
+    def commit(self, sync: int) -> bool:
+        # The gather of this sync has ended, so every replica has come; in a fixed group none can leave and the
+        # others go on: a failure from here on raises on all of them.
+        return sync <= self._arrivals
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Replica 0's `tensor` to all replicas, in place."""
+        with self._blame():
+            dist.broadcast(tensor, src=self.layout.sync_ranks(self.layout.shard)[0], group=self.sync_group)
+
+    def average(self, tensor: Tensor) -> None:
+        """The mean of `tensor` over the replicas, in place."""
+        with self._blame():
+            dist.all_reduce(tensor, group=self.sync_group)
+        tensor.div_(self.num_replicas)
+
+    def sum_in_replica(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over this replica's ranks, in place; no other replica takes part."""
+        if self.layout.replica_size > 1:
+            dist.all_reduce(tensor, group=self.replica_group)
+        return tensor
+
+    def gather_in_replica(self, tensor: Tensor) -> Tensor:
+        """`tensor` of each rank of this replica, one after the other along dim 0."""
+        parts = [torch.empty_like(tensor) for _ in range(self.layout.replica_size)]
+        if self.layout.replica_size > 1:
+            dist.all_gather(parts, tensor, group=self.replica_group)
+        else:
+            parts = [tensor]
+        return torch.stack(parts) if tensor.ndim == 0 else torch.cat(parts)
+
+    # -- who is missing ---------------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        if (store := _default_store()) is not None:
+            store.set(_arrival_key(self.layout.rank), str(self._arrivals))
+
+    def _blame(self) -> _Blame:
+        return _Blame(self)
+
+    def _missing_replicas(self) -> list[int]:
+        store = _default_store()
+        if store is None:
+            return []
+        arrived = [
+            store.check([_arrival_key(rank)]) and int(store.get(_arrival_key(rank))) >= self._arrivals
+            for rank in range(self.num_replicas * self.layout.replica_size)
+        ]
+        return [
+            i for i in range(self.num_replicas) if not all(arrived[rank] for rank in self.layout.replica_ranks(i))
+        ]
+
+
+class _Blame:
+    """Turns the failure of a collective into a RuntimeError that names the replicas which did not come."""
+
+    def __init__(self, peers: ProcessGroupPeers) -> None:
+        self._peers = peers
+
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, RuntimeError):
+            return
+        waited = time.monotonic() - self._started
+        try:
+            missing = self._peers._missing_replicas()
+        except RuntimeError:
+            who = "the process that keeps the rendezvous (rank 0) cannot be reached either"
+        else:
+            who = f"replicas {missing} did not come to it" if missing else "all replicas had come to it"
+        raise RuntimeError(
+            f"Outer sync {self._peers._arrivals} failed on replica {self._peers.replica} after {waited:.1f} s: {who}. "
+            f"The limit is sync_timeout_seconds={self._peers.timeout.total_seconds():g}. "
+            "Resume from the last checkpoint once all hosts are back."
+        ) from error
+
+
+@dataclass
+class _Works:
+    works: list[Any]
+    peers: ProcessGroupPeers
+
+    def wait(self) -> None:
+        with self.peers._blame():
+            for work in self.works:
+                work.wait()
+
+
+def _own_group(all_ranks: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+    """This rank's group among `all_ranks`. A group of its own keeps syncs apart from everybody else's collectives."""
+    mine, _ = dist.new_subgroups_by_enumeration(all_ranks, timeout=timeout)
+    if mine is None:
+        raise RuntimeError(f"rank {dist.get_rank()} is in none of the groups {all_ranks}")
+    return mine
+
+
+def _arrival_key(rank: int) -> str:
+    return f"hf_edit/arrivals/{rank}"
+
+
+def _default_store() -> Any:
+    # Private in torch 2.13: the rendezvous store is the only channel left when a group is dead, and torch has no
+    # public way to it. tests/dist/test_groups.py fails when it moves.
+    try:
+        return dist.distributed_c10d._get_default_store()
+    except (ValueError, AssertionError):
+        return None

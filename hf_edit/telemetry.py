@@ -1,0 +1,186 @@
+"""Records of syncs and loss spikes, and what of them goes to the logs.
+
+Everything goes through `Trainer.log`, so to whatever `report_to` names; W&B also gets alerts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hf_edit.penalty import ema_update, z_score
+from hf_edit.sync import SyncRecord
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EDiTStats:
+    """Totals of one call of `train()`, on this rank.
+
+    `exposed_seconds` is the time that training waited for syncs, `sync_bytes` what this rank sent to other replicas,
+    `hsdp_bytes` what it would have sent had every inner step averaged the gradients as FSDP (HSDP) does.
+    """
+
+    inner_steps: int = 0
+    syncs: int = 0
+    exposed_seconds: float = 0.0
+    sync_bytes: int = 0
+    hsdp_bytes: int = 0
+    anomalous_replicas: int = 0
+    rollbacks: int = 0
+    loss_spikes: int = 0
+
+
+@dataclass
+class GlobalCount:
+    """A count over all replicas: exact at every sync, in between this replica's own times R.
+
+    >>> count = GlobalCount(num_replicas=2)
+    >>> count.add(10.0)
+    >>> count.value
+    20.0
+    >>> count.settle(10.0 + 14.0)
+    >>> count.value
+    24.0
+    """
+
+    num_replicas: int
+    settled: float = 0.0
+    own: float = 0.0
+
+    @property
+    def value(self) -> float:
+        return self.settled + self.own * self.num_replicas
+
+    def add(self, amount: float) -> None:
+        """This replica counted `amount` more."""
+        self.own += amount
+
+    def settle(self, amount: float) -> None:
+        """All replicas together counted `amount` since the last sync."""
+        self.settled += amount
+        self.own = 0.0
+
+
+@dataclass
+class LossSpikeDetector:
+    """Says when a logged loss lies far above its moving mean.
+
+    Args:
+        threshold: standard deviations that count as a spike.
+        alpha: weight of the newest loss in the moving mean and variance.
+        warmup: losses to see first.
+    """
+
+    threshold: float
+    alpha: float = 0.05
+    warmup: int = 10
+    count: int = 0
+    _mean: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    _variance: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    def update(self, loss: float) -> float | None:
+        """Takes the next loss; its size in standard deviations if it is a spike, else None. inf if not finite."""
+        if not math.isfinite(loss):
+            return math.inf
+        value = torch.tensor(loss, dtype=torch.float64)
+        size = float(z_score(value, self._mean, self._variance))
+        if self.count >= self.warmup and size > self.threshold:
+            return size
+        self._mean, self._variance = ema_update(
+            self._mean, self._variance, torch.tensor(self.count), value, self.alpha
+        )
+        self.count += 1
+        return None
+
+
+def sync_logs(record: SyncRecord) -> dict[str, float]:
+    """The log entries of one sync."""
+    plan = record.plan
+    steps = plan.tallies["inner_steps"]
+    losses = plan.tallies["loss"] / steps.clamp(min=1)
+    finite = losses[losses.isfinite()]
+    spread = float(finite.max() - finite.min()) if len(finite) else math.nan
+    return {
+        "edit/sync_seconds": record.sync_seconds,
+        "edit/exposed_seconds": record.exposed_seconds,
+        "edit/wait_seconds": record.wait_seconds,
+        "edit/sync_bytes": record.sync_bytes,
+        "edit/inner_steps": float(steps.mean()),
+        "edit/pseudo_grad_norm": record.pseudo_grad_norm,
+        "edit/clipped_units": record.clipped_units,
+        "edit/anomalous_replicas": int(plan.anomalous.any(dim=0).sum()),
+        "edit/rollbacks": int(plan.rolled_back.sum()),
+        "edit/effective_replicas": record.effective_replicas,
+        "edit/replica_loss_mean": float(finite.mean()) if len(finite) else math.nan,
+        "edit/replica_loss_spread": spread,
+        "edit/tokens_per_second": float(plan.tallies["tokens"].sum()) / max(record.interval_seconds, 1e-9),
+    }
+
+
+def sync_events(record: SyncRecord) -> list[tuple[str, str]]:
+    """What somebody should know of one sync, as (title, text)."""
+    plan = record.plan
+    events = []
+    for replica in plan.anomalous.any(dim=0).nonzero().flatten().tolist():
+        units = [name for name, bad in zip(record.unit_names, plan.anomalous[:, replica].tolist(), strict=True) if bad]
+        broken = int((~plan.norms[:, replica].isfinite()).sum())
+        events.append((
+            "EDiT: replica left out",
+            f"Sync {record.sync} left replica {replica} out of {len(units)} of {len(record.unit_names)} units "
+            f"({broken} not finite): {_some(units)}",
+        ))  # fmt: skip
+    if plan.rolled_back.any():
+        units = [name for name, back in zip(record.unit_names, plan.rolled_back.tolist(), strict=True) if back]
+        events.append((
+            "EDiT: rollback",
+            f"Sync {record.sync}: all replicas were anomalous in {len(units)} of {len(record.unit_names)} units, which "
+            f"went back to the last anchor: {_some(units)}",
+        ))  # fmt: skip
+    if plan.restarted.any():
+        pairs = [f"{record.unit_names[u]} of replica {r}" for u, r in plan.restarted.nonzero().tolist()]
+        events.append((
+            "EDiT: detector restarted",
+            f"Sync {record.sync}: norms stayed anomalous and are the new normal for {_some(pairs)}",
+        ))  # fmt: skip
+    return events
+
+
+def alert(title: str, text: str) -> None:
+    """Warns in the log, and in W&B if a run is active; a W&B that fails is said, and ends nothing."""
+    logger.warning("%s. %s", title, text)
+    wandb = sys.modules.get("wandb")
+    run = getattr(wandb, "run", None)
+    if run is None:
+        return
+    try:
+        run.alert(title=title, text=text)
+    except Exception as error:  # whatever W&B raises when it is down: training goes on
+        logger.warning("W&B did not take the alert: %s", error)
+
+
+def go_offline_without_login(report_to: list[str]) -> None:
+    """Sets WANDB_MODE=offline if W&B is to be used but nobody is logged in, and says so.
+
+    Without it W&B asks for a key, or ends the training where nobody can answer.
+    """
+    if "wandb" not in report_to or os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
+        return
+    try:
+        import wandb
+    except ImportError:
+        return  # the Trainer's own error names the missing package
+    if wandb.api.api_key is None:
+        os.environ["WANDB_MODE"] = "offline"
+        logger.warning("No W&B login was found: logging offline. `wandb login`, or `wandb sync` the run afterwards.")
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
