@@ -24,8 +24,8 @@ from hf_edit.units import find_units, keep_gradients_local, local_part, start_av
 
 logger = logging.getLogger(__name__)
 
-# What every rank counts between two syncs, over its own micro-batches: the sum of the training loss, tokens (for the
-# throughput), tokens as the Trainer counts them, floating point operations.
+# What every rank counts between two syncs over its own micro-batches, so that the sum over the replica's ranks is the
+# replica's: training loss, tokens (for the throughput), tokens as the Trainer counts them, floating point operations.
 TALLIES = ("loss", "tokens", "input_tokens", "flos")
 
 
@@ -69,6 +69,7 @@ class Engine:
     def _end_warmup(self) -> None:
         keep_gradients_local(self._model)
         self.sync.take_anchors()
+        self._tallies.update(loss=0.0, tokens=0.0)  # of the interval that begins; the others are totals
 
     @property
     def warming_up(self) -> bool:

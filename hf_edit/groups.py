@@ -129,15 +129,17 @@ class ProcessGroupPeers:
     def gather(self, vector: Tensor) -> Callable[[], Tensor]:
         self._arrivals += 1
         self._announce()
-        table = vector.new_empty(self.num_replicas * vector.numel())
+        rows = [torch.empty_like(vector) for _ in range(self.num_replicas)]
         with self._blame():
-            work = dist.all_gather_into_tensor(table, vector, group=self.sync_group, async_op=True)
+            work = dist.all_gather(rows, vector, group=self.sync_group, async_op=True)
         self.bytes_sent += vector.nbytes * (self.num_replicas - 1)
 
         def result() -> Tensor:
             with self._blame():
-                work.wait(self.timeout)
-            return table.view(self.num_replicas, -1)
+                if vector.is_cuda:  # NCCL's wait() only orders streams; the host must notice the time limit itself
+                    self._watch(work)
+                work.wait()
+            return torch.stack(rows)
 
         return result
 
@@ -178,6 +180,13 @@ class ProcessGroupPeers:
         else:
             parts = [tensor]
         return torch.stack(parts) if tensor.ndim == 0 else torch.cat(parts)
+
+    def _watch(self, work: Any) -> None:
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError("timed out")
+            time.sleep(5e-5)
 
     # -- who is missing ---------------------------------------------------------------------------------------------
 
@@ -223,7 +232,7 @@ class _Blame:
         raise RuntimeError(
             f"Outer sync {self._peers._arrivals} failed on replica {self._peers.replica} after {waited:.1f} s: {who}. "
             f"The limit is sync_timeout_seconds={self._peers.timeout.total_seconds():g}. "
-            "Resume from the last checkpoint once all hosts are back."
+            f"Resume from the last checkpoint once all hosts are back. Cause: {error}"
         ) from error
 
 

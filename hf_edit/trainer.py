@@ -129,7 +129,7 @@ class EDiTMixin:
         main_input = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         tokens = main_input.numel() if isinstance(main_input, Tensor) else 0
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._engine.tally(loss=loss, tokens=tokens)
+        self._engine.tally(loss=loss / self.edit_layout.replica_size, tokens=tokens)
         return loss
 
     def _step_taken(self) -> None:
@@ -196,10 +196,10 @@ class EDiTMixin:
     ) -> None:  # fmt: skip
         if self._engine is not None:
             self._move_to_a_sync()
-            self._log_syncs()
             if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
                 self._log_replica(tr_loss, grad_norm, start_time, learning_rate)
             self.control.should_log = False
+            self._log_syncs()
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
         )

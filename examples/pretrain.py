@@ -1,0 +1,343 @@
+#!/usr/bin/env python
+"""Pretrains a Llama from scratch with EDiTTrainer.
+
+    accelerate launch --config_file accelerate_configs/cpu_2x2.yaml examples/pretrain.py
+
+Without --dataset or --train_file it reads the Python source files of the running interpreter's standard library, so it
+needs no download. It trains a byte-level BPE tokenizer on the corpus when none is named, packs documents into blocks,
+holds out documents for validation, evaluates before, during and after training, and leaves in --output_dir the model,
+the tokenizer, loss.png and summary.json. Every knob is a flag: see --help.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.accelerator.is_available():  # Accelerate must be told, or each process trains alone
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+import datasets
+import evaluate
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_edit import EDiTConfig, EDiTTrainer
+
+EOS = "<|endoftext|>"
+
+
+@dataclass
+class ScriptArguments:
+    """What to train, and on what."""
+
+    dataset: str | None = field(default=None, metadata={"help": "Name of a dataset on the Hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of --dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of --dataset."})
+    streaming: bool = field(default=False, metadata={"help": "Stream --dataset instead of downloading it."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    train_file: str | None = field(default=None, metadata={"help": "A .txt, .jsonl or .parquet file to train on."})
+    validation_documents: int = field(default=24, metadata={"help": "Documents held out for validation."})
+    max_eval_blocks: int = field(default=256, metadata={"help": "Blocks of the held-out text to evaluate on."})
+    tokenizer: str | None = field(default=None, metadata={"help": "A tokenizer's name or folder. Unset: train one."})
+    vocab_size: int = field(default=2048, metadata={"help": "Vocabulary of a tokenizer that is trained here."})
+    block_size: int = field(default=128, metadata={"help": "Tokens in a packed block."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
+    num_layers: int = field(default=4, metadata={"help": "Transformer blocks."})
+    num_heads: int = field(default=4, metadata={"help": "Attention heads."})
+
+
+# What differs from TrainingArguments' and EDiTConfig's own defaults: a run of minutes on two CPU cores.
+DEFAULTS: dict[str, Any] = dict(
+    output_dir="edit_pretrain",
+    max_steps=192,
+    per_device_train_batch_size=8,
+    per_device_eval_batch_size=16,
+    learning_rate=4e-3,
+    lr_scheduler_type="cosine",
+    warmup_steps=16,
+    weight_decay=0.1,
+    logging_steps=8,
+    eval_strategy="steps",
+    eval_steps=64,
+    eval_on_start=True,
+    save_strategy="no",
+    seed=0,
+    sync_interval=16,
+    edit_warmup_steps=16,
+)
+
+
+def main() -> None:
+    parser = HfArgumentParser((ScriptArguments, TrainingArguments, EDiTConfig), description=__doc__.split("\n\n")[0])
+    parser.set_defaults(**DEFAULTS)
+    script, args, edit_config = parser.parse_args_into_dataclasses()
+    set_seed(args.seed)
+    with args.main_process_first(desc="preparing the data"):  # the others then read the caches
+        documents = load_documents(script)
+        tokenizer = load_tokenizer(script, args, documents)
+        train_blocks, eval_blocks = split_and_pack(script, args, documents, tokenizer)
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=script.hidden_size,
+            intermediate_size=script.hidden_size * 8 // 3 // 16 * 16,
+            num_hidden_layers=script.num_layers,
+            num_attention_heads=script.num_heads,
+            num_key_value_heads=script.num_heads,
+            max_position_embeddings=max(script.block_size, 512),
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    trainer = EDiTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        compute_metrics=perplexity_of_blocks,
+        preprocess_logits_for_metrics=block_losses,
+        edit_config=edit_config,
+    )
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        unigram = unigram_perplexity(train_blocks, eval_blocks, len(tokenizer))
+        summarise(trainer, unigram)
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def load_documents(script: ScriptArguments) -> Any:
+    """The corpus, one document a row, in a column called "text"."""
+    if script.dataset:
+        rows = datasets.load_dataset(
+            script.dataset, script.dataset_config, split=script.dataset_split, streaming=script.streaming
+        )
+    elif script.train_file:
+        kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+        suffix = Path(script.train_file).suffix
+        if suffix not in kinds:
+            raise ValueError(f"--train_file {script.train_file}: one of {', '.join(kinds)} is needed, not {suffix!r}.")
+        options = {"sample_by": "paragraph"} if suffix == ".txt" else {}
+        rows = datasets.load_dataset(kinds[suffix], data_files=script.train_file, split="train", **options)
+    else:
+        files = sorted(str(path) for path in Path(sysconfig.get_paths()["stdlib"]).rglob("*.py") if is_source(path))
+        rows = datasets.load_dataset("text", data_files=files, sample_by="document", split="train")
+    if rows.column_names is not None and script.text_column not in rows.column_names:
+        raise ValueError(f"--text_column {script.text_column}: the data has the columns {rows.column_names}.")
+    if script.text_column != "text":
+        rows = rows.rename_column(script.text_column, "text")
+    rows = rows.select_columns(["text"]).filter(lambda row: bool(row["text"].strip()))
+    return rows.shuffle(seed=0)
+
+
+def is_source(path: Path) -> bool:
+    """True for a file of the standard library that is its own code, in UTF-8."""
+    if {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
+        return False
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def load_tokenizer(script: ScriptArguments, args: TrainingArguments, documents: Any) -> Any:
+    """The named tokenizer, or a byte-level BPE trained on the corpus by the first process and read by the others."""
+    if script.tokenizer:
+        return AutoTokenizer.from_pretrained(script.tokenizer)
+    folder = Path(args.output_dir)
+    if args.local_process_index == 0:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=script.vocab_size,
+            special_tokens=[EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        texts = (row["text"] for row in (documents.take(5_000) if script.streaming else documents))
+        tokenizer.train_from_iterator(texts, trainer)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, bos_token=EOS).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def split_and_pack(script: ScriptArguments, args: TrainingArguments, documents: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Training and validation blocks of `block_size` tokens, cut from documents that end with EOS."""
+    held_out = script.validation_documents
+
+    def pack(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        documents = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = [token for document in documents for token in [*document, tokenizer.eos_token_id]]
+        size = script.block_size
+        blocks = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
+        return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
+
+    packing = dict(batched=True, batch_size=64, remove_columns=["text"])
+    if isinstance(documents, datasets.IterableDataset):
+        eval_blocks = list(documents.take(held_out).map(pack, **packing).take(script.max_eval_blocks))
+        return documents.skip(held_out).map(pack, **packing), datasets.Dataset.from_list(eval_blocks)
+    if len(documents) <= held_out:
+        raise ValueError(
+            f"The corpus has {len(documents)} documents, of which --validation_documents {held_out} are held out. Give "
+            "more text, or hold out fewer."
+        )
+    eval_blocks = documents.select(range(held_out)).map(pack, desc="Packing validation text", **packing)
+    train_blocks = documents.select(range(held_out, len(documents))).map(pack, desc="Packing training text", **packing)
+    if not len(train_blocks) or not len(eval_blocks):
+        raise ValueError(
+            f"The corpus fills {len(train_blocks)} training and {len(eval_blocks)} validation blocks of --block_size "
+            f"{script.block_size} tokens; both need at least one. Give more text, or a smaller block."
+        )
+    return train_blocks, eval_blocks.select(range(min(len(eval_blocks), script.max_eval_blocks)))
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+class Perplexity(evaluate.Metric):
+    """exp of the mean negative log-likelihood of a token, from sums over blocks; needs no model and no download."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation="",
+            inputs_description="predictions: summed nats of each block; references: its number of predicted tokens",
+            features=features,
+        )
+
+    def _compute(self, predictions: list[float], references: list[int]) -> dict[str, float]:
+        return {"perplexity": math.exp(min(sum(predictions) / sum(references), 700.0))}
+
+
+def block_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[blocks, 2]: summed negative log-likelihood and number of predicted tokens, so that no logits are gathered."""
+    nats = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
+    )
+    return torch.stack([nats.sum(dim=1), (labels[:, 1:] != -100).sum(dim=1).float()], dim=1)
+
+
+def perplexity_of_blocks(prediction: Any) -> dict[str, float]:
+    nats, counts = np.asarray(prediction.predictions, dtype=np.float64).T
+    metric = Perplexity(keep_in_memory=True)
+    return metric.compute(predictions=nats.tolist(), references=counts.astype(np.int64).tolist())
+
+
+def unigram_perplexity(train_blocks: Any, eval_blocks: Any, vocab_size: int) -> float:
+    """Perplexity of the validation text under the training text's token frequencies, each counted once more."""
+    counts = np.ones(vocab_size)
+    for blocks in batches(train_blocks):
+        counts += np.bincount(np.concatenate(blocks), minlength=vocab_size)
+    log_frequency = np.log(counts / counts.sum())
+    predicted = np.concatenate([np.asarray(block[1:]) for blocks in batches(eval_blocks) for block in blocks])
+    return float(np.exp(-log_frequency[predicted].mean()))
+
+
+def batches(blocks: Any, most: int = 50_000) -> Iterator[list[list[int]]]:
+    """The blocks' tokens, at most `most` blocks of a stream."""
+    if isinstance(blocks, datasets.IterableDataset):
+        blocks = blocks.take(most)
+    for batch in blocks.iter(batch_size=1000):
+        yield batch["input_ids"]
+
+
+# -- what came of it --------------------------------------------------------------------------------------------------
+
+
+def summarise(trainer: EDiTTrainer, unigram: float) -> None:
+    """Prints the summary and leaves it as summary.json, beside loss.png."""
+    history, stats, folder = trainer.state.log_history, trainer.edit_stats, Path(trainer.args.output_dir)
+    perplexities = [entry["eval_perplexity"] for entry in history if "eval_perplexity" in entry]
+    seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_loss" in entry)
+    waited = stats.exposed_seconds / seconds
+    draw(history, folder / "loss.png")
+    summary = {
+        "layout": str(trainer.edit_layout),
+        "engine": trainer.accelerator.distributed_type.value,
+        "perplexity_untrained": perplexities[0] if len(perplexities) > 1 else None,
+        "perplexity_unigram": unigram,
+        "perplexity_trained": perplexities[-1] if perplexities else None,
+        "train_seconds": seconds,
+        "waited_share": waited,
+        **asdict(stats),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    rows = [
+        ("layout", f"{trainer.edit_layout} ({trainer.accelerator.distributed_type.value})"),
+        ("perplexity, untrained", show(summary["perplexity_untrained"])),
+        ("perplexity, unigram model", show(unigram)),
+        ("perplexity, trained", show(summary["perplexity_trained"])),
+        ("inner steps / syncs", f"{stats.inner_steps} / {stats.syncs}"),
+        ("waited for syncs", f"{waited:.1%} of {seconds:.0f} s"),
+        ("sent between replicas", sent(stats)),
+        ("saved in", f"{folder} (model, tokenizer, loss.png, summary.json)"),
+    ]
+    print("\n" + "\n".join(f"{name:<27}{value}" for name, value in rows), flush=True)
+
+
+def show(perplexity: float | None) -> str:
+    return "not evaluated" if perplexity is None else f"{perplexity:.1f}"
+
+
+def sent(stats: Any) -> str:
+    if not stats.hsdp_bytes:
+        return "nothing (one replica)"
+    share = stats.hsdp_bytes / max(stats.sync_bytes, 1)
+    return (
+        f"{stats.sync_bytes / 1e6:.1f} MB per rank in inner steps and syncs; averaging every gradient (FSDP) "
+        f"{stats.hsdp_bytes / 1e6:.1f} MB, {share:.1f} times as much"
+    )
+
+
+def draw(history: list[dict[str, float]], path: Path) -> None:
+    """The training loss over the steps, with syncs, evaluations and loss spikes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for number, step in enumerate(e["step"] for e in history if "edit/sync_seconds" in e):
+        axes.axvline(step, color="0.85", linewidth=1, label="outer sync" if number == 0 else None, zorder=0)
+    losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
+    axes.plot(*zip(*losses, strict=True), label="training loss (replica 0)", linewidth=1.5)
+    evals = [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e]
+    if evals:
+        axes.plot(*zip(*evals, strict=True), "o", label="validation loss (all replicas)", color="tab:green")
+    spikes = [(e["step"], e["loss"]) for e in history if "edit/loss_spike" in e]
+    if spikes:
+        axes.plot(*zip(*spikes, strict=True), "v", label="loss spike", color="tab:red")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="EDiT pretraining")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
