@@ -37,6 +37,7 @@ class Engine:
         optimizer: the inner optimizer.
         config: the method's settings, equal on all ranks.
         peers: this rank's groups.
+        on_begin: called when a sync begins and takes the tallies with it.
         clock: monotonic seconds.
 
     Raises:
@@ -50,11 +51,13 @@ class Engine:
         optimizer: Any,
         config: EDiTConfig,
         peers: ProcessGroupPeers,
+        on_begin: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.peers = peers
         self._model = model
+        self._on_begin = on_begin
         _check_agreement(model, config)
         self.units = find_units(model)
         self.schedule = SyncSchedule(config.sync_interval, config.sync_seconds, config.warmup_steps, clock)
@@ -116,6 +119,8 @@ class Engine:
         self.sync.begin({**self._tallies, "inner_steps": inner_steps})
         self._tallies = dict.fromkeys(TALLIES, 0.0)
         self.schedule.restart()
+        if self._on_begin is not None:
+            self._on_begin()
 
     def take_record(self) -> SyncRecord | None:
         """The record of the last finished sync, once."""

@@ -40,33 +40,40 @@ class EDiTStats:
 
 @dataclass
 class GlobalCount:
-    """A count over all replicas: exact at every sync, in between this replica's own times R.
+    """A count over all replicas: exact after every sync, in between this replica's own times R.
 
     >>> count = GlobalCount(num_replicas=2)
-    >>> count.add(10.0)
+    >>> count.add(10.0)     # this replica's; the other's 14 are not known here
     >>> count.value
     20.0
-    >>> count.settle(10.0 + 14.0)
+    >>> count.hand_over()   # a sync begins
+    >>> count.add(1.0)
+    >>> count.settle(24.0)  # it has ended
     >>> count.value
-    24.0
+    26.0
     """
 
     num_replicas: int
     settled: float = 0.0
     own: float = 0.0
+    handed_over: float = 0.0
 
     @property
     def value(self) -> float:
-        return self.settled + self.own * self.num_replicas
+        return self.settled + (self.handed_over + self.own) * self.num_replicas
 
     def add(self, amount: float) -> None:
         """This replica counted `amount` more."""
         self.own += amount
 
+    def hand_over(self) -> None:
+        """A sync begins, which will tell what all replicas counted up to now."""
+        self.handed_over, self.own = self.handed_over + self.own, 0.0
+
     def settle(self, amount: float) -> None:
-        """All replicas together counted `amount` since the last sync."""
+        """All replicas together counted `amount` between the last two syncs' beginnings."""
         self.settled += amount
-        self.own = 0.0
+        self.handed_over = 0.0
 
 
 @dataclass

@@ -119,7 +119,9 @@ class EDiTMixin:
         self._spikes = LossSpikeDetector(self.edit_config.loss_spike_threshold)
         self._input_tokens = GlobalCount(self.edit_layout.num_replicas, self.state.num_input_tokens_seen)
         self._flos = GlobalCount(self.edit_layout.num_replicas, self.state.total_flos)
-        self._engine = Engine(self.model_wrapped, self.optimizer, self.edit_config, self._peers)
+        self._engine = Engine(
+            self.model_wrapped, self.optimizer, self.edit_config, self._peers, on_begin=self._hand_over_counts
+        )
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -267,11 +269,15 @@ class EDiTMixin:
                 alert(title, text)
         self.log(dict(logs))
 
+    def _hand_over_counts(self) -> None:
+        self._input_tokens.hand_over()
+        self._flos.hand_over()
+
     def _settle_counts(self, record: SyncRecord) -> None:
         self._input_tokens.settle(float(record.plan.tallies["input_tokens"].sum()))
         self._flos.settle(float(record.plan.tallies["flos"].sum()))
         self.state.total_flos = self._flos.value
-        if self.args.include_num_input_tokens_seen != "no":
+        if self.args.include_num_input_tokens_seen != "no":  # else it stays 0, as the Trainer leaves it
             self.state.num_input_tokens_seen = round(self._input_tokens.value)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""What crosses between two hosts in inner steps (next to nothing) and in a sync (the parameters once).
+
+    sudo python examples/benchmarks/traffic.py --json traffic.json
+
+Trains the same small Llama three times on two hosts: a few steps and one sync, the same with 20 inner steps more, and
+with one sync more. The differences are what 20 inner steps and what one sync cost. --busy turns on what else could
+leak: evaluation, logging every step, token counting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from hosts import Hosts, unavailable
+
+HERE = Path(__file__).resolve().parent
+INNER_STEPS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--per_host", type=int, default=2, help="ranks on a host: 2 is FSDP2 shards, 1 is DDP")
+    parser.add_argument("--busy", action="store_true", help="evaluate, log every step, count tokens")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    if (reason := unavailable()) is not None:
+        sys.exit(f"traffic.py: {reason}")
+    result = measure(arguments.per_host, arguments.busy)
+    for name, value in result.items():
+        print(f"{name:<32}{value}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**result, **provenance()}, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(per_host: int, busy: bool) -> dict[str, object]:
+    """Bytes that host 0 and host 1 send, by what differs between two runs."""
+    few, parameter_bytes = run(per_host, busy, steps=4, sync_interval=1000)
+    more, _ = run(per_host, busy, steps=4 + INNER_STEPS, sync_interval=1000)
+    synced, _ = run(per_host, busy, steps=4, sync_interval=2)  # two syncs where `few` has one
+    return {
+        "ranks_per_host": per_host,
+        "busy": busy,
+        "parameter_bytes": parameter_bytes,
+        "bytes_of_20_inner_steps": [b - a for a, b in zip(few, more, strict=True)],
+        "bytes_of_one_sync": [b - a for a, b in zip(few, synced, strict=True)],
+    }
+
+
+def run(per_host: int, busy: bool, steps: int, sync_interval: int) -> tuple[list[int], int]:
+    """What each host sent in one training, and the trainable parameters' fp32 size."""
+    with tempfile.TemporaryDirectory() as folder, Hosts(2) as hosts:
+        report = Path(folder) / "report.json"
+        hosts.torchrun(
+            per_host, HERE / "traffic_worker.py", str(report), str(steps), str(sync_interval), str(int(busy))
+        )
+        told = json.loads(report.read_text(encoding="utf-8"))
+        assert told["world_size"] == 2 * per_host, told
+        assert told["num_replicas"] == 2, told
+        return hosts.bytes_sent(), told["parameter_bytes"]
+
+
+def provenance() -> dict[str, str]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return {"command": " ".join(sys.argv), "commit": commit.stdout.strip() or "unknown", "machine": platform.platform()}
+
+
+if __name__ == "__main__":
+    main()

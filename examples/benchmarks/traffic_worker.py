@@ -1,0 +1,59 @@
+"""One rank of traffic.py: trains a small Llama on random tokens. Arguments: report, steps, sync interval, busy."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from hf_edit import EDiTTrainer
+
+
+def main() -> None:
+    report, steps, sync_interval, busy = sys.argv[1], *map(int, sys.argv[2:])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
+        )
+    )
+    parameter_bytes = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    tokens = torch.randint(0, 2048, (512, 16), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    args = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        fsdp=int(os.environ["LOCAL_WORLD_SIZE"]) > 1,
+        fsdp_config={"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+        logging_steps=1 if busy else 1000,
+        include_num_input_tokens_seen="all" if busy else "no",
+        eval_strategy="steps" if busy else "no",
+        eval_steps=1000,  # falls to the sync that ends every run
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    config = {"num_replicas": 2, "sync_interval": sync_interval}
+    trainer = EDiTTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:8], edit_config=config)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        told = {
+            "world_size": trainer.accelerator.num_processes,
+            "num_replicas": trainer.edit_layout.num_replicas,
+            "parameter_bytes": parameter_bytes,
+            "sync_bytes": trainer.edit_stats.sync_bytes,
+        }
+        with open(report, "w", encoding="utf-8") as file:
+            json.dump(told, file)
+
+
+if __name__ == "__main__":
+    main()
