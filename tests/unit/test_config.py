@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_edit import EDiTConfig
+
+DESIGN = dict(
+    num_replicas=None, sync_interval=128, sync_seconds=None, warmup_steps=0, outer_optimizer="nesterov", outer_lr=0.8,
+    outer_momentum=0.85, anomaly_threshold=3.0, ema_alpha=0.02, ema_warmup_syncs=10, max_consecutive_anomalies=3,
+    weighting="norm", softmax_temperature=1.0, max_pseudo_grad_norm=10.0, overlap="forward", delay_steps=4,
+    offload_outer_state=False, sync_timeout_seconds=600, loss_spike_threshold=6.0,
+)  # fmt: skip
+
+
+def test_the_defaults_are_the_papers_method() -> None:
+    config = EDiTConfig()
+    assert {name: getattr(config, name) for name in DESIGN} == DESIGN
+    assert EDiTConfig.preset("edit") == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (dict(sync_interval=0), "sync_interval=0: replicas need a whole number of at least 1 inner steps between syncs"),
+        (dict(sync_interval=2.5), "sync_interval=2.5"),
+        (dict(sync_interval=8, sync_seconds=60.0), "sync_interval=8 and sync_seconds=60.0 are both set"),
+        (dict(sync_seconds=0.0), "sync_seconds=0.0: a number of seconds above 0 is needed"),
+        (dict(num_replicas=0), "num_replicas=0: a whole number of at least 1"),
+        (dict(num_replicas=True), "num_replicas=True"),
+        (dict(warmup_steps=-1), "edit_warmup_steps=-1: a whole number of at least 0"),
+        (dict(outer_optimizer="adam"), "outer_optimizer='adam': one of 'nesterov', 'sgd', 'none', or a callable"),
+        (dict(outer_momentum=1.0), r"outer_momentum=1.0: a number in \[0, 1\)"),
+        (dict(outer_lr=0), "outer_lr=0: a number above 0"),
+        (dict(ema_alpha=0.0), "ema_alpha=0.0"),
+        (dict(anomaly_threshold=-1.0), "anomaly_threshold=-1.0: a number above 0 is needed, or None to turn the z-test"),
+        (dict(max_pseudo_grad_norm=0.0), "or None to turn clipping off"),
+        (dict(max_pseudo_grad_norm=float("nan")), "max_pseudo_grad_norm=nan"),
+        (dict(softmax_temperature=0.0), "softmax_temperature=0.0"),
+        (dict(weighting="steps2"), "weighting='steps2': one of 'norm', 'uniform', 'steps'"),
+        (dict(overlap="backward"), "overlap='backward': one of 'none', 'forward', 'delayed'"),
+        (dict(delay_steps=0), "delay_steps=0"),
+        (dict(sync_timeout_seconds=-5), "sync_timeout_seconds=-5"),
+    ],
+)
+def test_wrong_values_are_refused(settings: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        EDiTConfig(**settings)
+
+
+def test_it_is_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EDiTConfig().sync_interval = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        EDiTConfig(4)  # type: ignore[misc]
+
+
+def test_warmup_steps_is_readable_and_replaceable_under_both_names() -> None:
+    config = EDiTConfig(warmup_steps=5)
+    assert config.warmup_steps == config.edit_warmup_steps == 5
+    assert dataclasses.replace(config, sync_interval=2).warmup_steps == 5
+    assert dataclasses.replace(config, warmup_steps=7).warmup_steps == 7
+    assert dataclasses.replace(config, edit_warmup_steps=8).warmup_steps == 8
+
+
+def test_presets() -> None:
+    diloco = EDiTConfig.preset("diloco", sync_interval=50)
+    assert (diloco.outer_lr, diloco.outer_momentum, diloco.weighting) == (0.7, 0.9, "uniform")
+    assert (diloco.anomaly_threshold, diloco.max_pseudo_grad_norm, diloco.sync_interval) == (None, None, 50)
+    assert EDiTConfig.preset("post-local-sgd").outer_optimizer == "none"
+    assert EDiTConfig.preset("a-edit").sync_seconds == 600.0
+    with pytest.raises(ValueError, match="preset 'adam': one of 'edit', 'a-edit', 'diloco', 'post-local-sgd'"):
+        EDiTConfig.preset("adam")
+
+
+def test_a_parser_takes_it_beside_training_arguments(tmp_path: Path) -> None:
+    parser = HfArgumentParser((TrainingArguments, EDiTConfig))
+    args, config = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--warmup_steps", "3", "--edit_warmup_steps", "4",
+         "--sync_interval", "9", "--overlap", "none", "--max_pseudo_grad_norm", "inf", "--offload_outer_state",
+         "--num_replicas", "2"]
+    )  # fmt: skip
+    assert args.warmup_steps == 3
+    assert config == EDiTConfig(
+        warmup_steps=4, sync_interval=9, overlap="none", max_pseudo_grad_norm=float("inf"), offload_outer_state=True,
+        num_replicas=2,
+    )  # fmt: skip
+    help_text = " ".join(parser.format_help().split())
+    for field in dataclasses.fields(EDiTConfig):
+        assert f"--{field.name}" in help_text
+        assert " ".join(field.metadata["help"].split()[:4]) in help_text.replace("- ", "-")
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_it_is_read_from_files(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"edit{suffix}"
+    path.write_text('{"sync_interval": 7, "warmup_steps": 2}')
+    expected = EDiTConfig(sync_interval=7, warmup_steps=2)
+    assert EDiTConfig.load(str(path)) == EDiTConfig.load(path) == expected
+    monkeypatch.setenv("EDIT_CONFIG", str(path))
+    assert EDiTConfig.load(None) == expected
+    monkeypatch.delenv("EDIT_CONFIG")
+    assert EDiTConfig.load(None) == EDiTConfig()
+    assert EDiTConfig.load({"sync_interval": 7, "warmup_steps": 2}) == expected
+    assert EDiTConfig.load(expected) is expected
+
+
+def test_bad_sources_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        EDiTConfig.load(tmp_path / "missing.yaml")
+    with pytest.raises(ValueError, match=r"Unknown EDiTConfig settings: \['tau'\]\. Known: .*sync_interval"):
+        EDiTConfig.load({"tau": 3})
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json is no valid JSON"):
+        EDiTConfig.load(broken)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    with pytest.raises(ValueError, match=r"broken\.yaml is no valid YAML"):
+        EDiTConfig.load(broken)
+    with pytest.raises(ValueError, match="an EDiTConfig, a dict, or a path"):
+        EDiTConfig.load(3)  # type: ignore[arg-type]
+
+
+def test_to_dict_takes_json() -> None:
+    config = EDiTConfig(outer_optimizer=test_presets)  # type: ignore[arg-type]
+    assert json.loads(json.dumps(config.to_dict()))["outer_optimizer"] == "test_presets"
+
+
+def test_the_readme_lists_every_setting_with_its_default_and_help() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(EDiTConfig):
+        default = "" if field.default is None else repr(field.default).replace("'", '"')
+        assert f"| `{field.name}` | {default or 'unset'} | {field.metadata['help']} |" in readme, field.name
+
+
+def test_the_config_module_loads_nothing_heavy() -> None:
+    code = "import sys, hf_edit.config; print([m for m in ('torch', 'transformers', 'accelerate') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
