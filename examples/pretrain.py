@@ -68,7 +68,7 @@ class ScriptArguments:
 # What differs from TrainingArguments' and EDiTConfig's own defaults: a run of minutes on two CPU cores.
 DEFAULTS: dict[str, Any] = dict(
     output_dir="edit_pretrain",
-    max_steps=192,
+    max_steps=240,
     per_device_train_batch_size=8,
     per_device_eval_batch_size=16,
     learning_rate=4e-3,
@@ -77,12 +77,16 @@ DEFAULTS: dict[str, Any] = dict(
     weight_decay=0.1,
     logging_steps=8,
     eval_strategy="steps",
-    eval_steps=64,
+    eval_steps=80,
     eval_on_start=True,
     save_strategy="no",
     seed=0,
     sync_interval=16,
     edit_warmup_steps=16,
+    # The paper's outer optimizer (0.8/0.85) is made for long runs: its momentum does not pay off within a dozen syncs.
+    # Here it ended at a perplexity of 456 against 306 without (192 steps, one run each).
+    outer_lr=1.0,
+    outer_momentum=0.0,
 )
 
 
@@ -310,8 +314,8 @@ def sent(stats: Any) -> str:
         return "nothing (one replica)"
     share = stats.hsdp_bytes / max(stats.sync_bytes, 1)
     return (
-        f"{stats.sync_bytes / 1e6:.1f} MB per rank in inner steps and syncs; averaging every gradient (FSDP) "
-        f"{stats.hsdp_bytes / 1e6:.1f} MB, {share:.1f} times as much"
+        f"{stats.sync_bytes / 1e6:.1f} MB a rank after the warm-up; averaging every gradient, as FSDP does, would "
+        f"have sent {stats.hsdp_bytes / 1e6:.1f} MB ({share:.1f} times)"
     )
 
 

@@ -95,9 +95,7 @@ class EDiTConfig:
         "background, applied delay_steps later).",
     )
     delay_steps: int = _knob(4, 'Inner steps between the start and the application of a sync with overlap="delayed".')
-    offload_outer_state: bool = _knob(
-        False, "Keep anchor and outer momentum in (pinned) host memory between syncs."
-    )
+    offload_outer_state: bool = _knob(False, "Keep anchor and outer momentum in (pinned) host memory between syncs.")
     sync_timeout_seconds: float = _knob(
         600.0, "Longest wait without progress in a sync before it fails with the names of the missing replicas."
     )

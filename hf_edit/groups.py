@@ -209,9 +209,7 @@ class ProcessGroupPeers:
             store.check([_arrival_key(rank)]) and int(store.get(_arrival_key(rank))) >= self._arrivals
             for rank in range(self.num_replicas * self.layout.replica_size)
         ]
-        return [
-            i for i in range(self.num_replicas) if not all(arrived[rank] for rank in self.layout.replica_ranks(i))
-        ]
+        return [i for i in range(self.num_replicas) if not all(arrived[rank] for rank in self.layout.replica_ranks(i))]
 
 
 class _Blame:

@@ -117,4 +117,3 @@ def apply_outer_step(state: OuterState, gradient: Tensor, rule: Any) -> Tensor:
         if momentum is not None and state.momentum is not None:
             state.momentum.copy_(momentum, non_blocking=True)
     return anchor
-

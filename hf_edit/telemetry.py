@@ -10,7 +10,6 @@ import math
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -101,9 +100,7 @@ class LossSpikeDetector:
         size = float(z_score(value, self._mean, self._variance))
         if self.count >= self.warmup and size > self.threshold:
             return size
-        self._mean, self._variance = ema_update(
-            self._mean, self._variance, torch.tensor(self.count), value, self.alpha
-        )
+        self._mean, self._variance = ema_update(self._mean, self._variance, torch.tensor(self.count), value, self.alpha)
         self.count += 1
         return None
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import synchronize_rng_states
@@ -33,9 +33,13 @@ from hf_edit.telemetry import (
 )
 
 logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    _TrainerToBe = Trainer
+else:
+    _TrainerToBe = object
 
 
-class EDiTMixin:
+class EDiTMixin(_TrainerToBe):
     """Makes any Trainer subclass train with EDiT: `class EDiTSFTTrainer(EDiTMixin, SFTTrainer)`.
 
     Args:
@@ -50,6 +54,9 @@ class EDiTMixin:
     Raises:
         ValueError: a setting that EDiT cannot train with; before any training.
     """
+
+    current_flos: float
+    _globalstep_last_logged: int
 
     def __init__(self, *args: Any, edit_config: Any = None, **kwargs: Any) -> None:
         self.edit_config = EDiTConfig.load(edit_config)
@@ -227,9 +234,7 @@ class EDiTMixin:
         self.control.should_evaluate = "evaluate" in wanted
         self.control.should_save = "save" in wanted
 
-    def _log_replica(
-        self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None
-    ) -> None:
+    def _log_replica(self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None) -> None:
         """The Trainer's log entry, its loss averaged over this replica alone."""
         assert self._peers is not None
         loss = self._peers.gather_in_replica(tr_loss.detach()).mean().item()
@@ -247,8 +252,10 @@ class EDiTMixin:
             logs["edit/loss_spike"] = spike
             self.edit_stats.loss_spikes += 1
             if self.is_world_process_zero():
-                alert("EDiT: loss spike", f"Step {self.state.global_step}: the loss {logs['loss']:.4g} lies {spike:.1f} "
-                      "standard deviations above its moving mean")  # fmt: skip
+                where = (
+                    f"Step {self.state.global_step}: the loss {logs['loss']:.4g} lies {spike:.1f} standard deviations"
+                )
+                alert("EDiT: loss spike", f"{where} above its moving mean")
         self.log(logs, start_time)
 
     def _log_syncs(self) -> None:

@@ -146,8 +146,8 @@ def _wrapping_groups(model: nn.Module) -> dict[nn.Module, int]:
     tied = embedding is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
     if embedding is not None and not tied:
         owners.setdefault(embedding, id(embedding))
-    tail = [_final_norm(model), *([embedding] if tied else []), head]
-    tail = [module for module in tail if module is not None and module not in owners]
+    ends = [_final_norm(model), *([embedding] if tied else []), head]
+    tail: list[nn.Module] = [module for module in ends if module is not None and module not in owners]
     owners.update({module: id(tail[0]) for module in tail})
     owners.setdefault(model, id(model))
     return owners

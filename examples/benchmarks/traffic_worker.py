@@ -19,9 +19,7 @@ def main() -> None:
     report, steps, sync_interval, busy = sys.argv[1], *map(int, sys.argv[2:])
     torch.manual_seed(0)
     model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
-        )
+        LlamaConfig(vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
     )
     parameter_bytes = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     tokens = torch.randint(0, 2048, (512, 16), generator=torch.Generator().manual_seed(1))
