@@ -122,9 +122,9 @@ class Engine:
         if self._on_begin is not None:
             self._on_begin()
 
-    def take_record(self) -> SyncRecord | None:
-        """The record of the last finished sync, once."""
-        return self.sync.take_record()
+    def take_records(self) -> list[SyncRecord]:
+        """The records of the syncs that ended since the last call."""
+        return self.sync.take_records()
 
 
 def _check_agreement(model: nn.Module, config: EDiTConfig) -> None:

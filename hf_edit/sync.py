@@ -66,6 +66,16 @@ class SyncRecord:
     clipped_units: int
 
     @property
+    def anomalous_replicas(self) -> int:
+        """Replicas that were left out of at least one unit."""
+        return int(self.plan.anomalous.any(dim=0).sum())
+
+    @property
+    def rollbacks(self) -> int:
+        """Units that went back to the last anchor."""
+        return int(self.plan.rolled_back.sum())
+
+    @property
     def effective_replicas(self) -> float:
         return float(effective_replicas(self.plan.weights).mean())
 
@@ -125,7 +135,7 @@ class OuterSync:
         self._hooks: list[RemovableHandle] = []
         self._exposed = _Stopwatch(self._device, clock)
         self._last_end = clock()
-        self._finished: Callable[[], SyncRecord] | None = None
+        self._finished: list[Callable[[], SyncRecord]] = []
 
     @torch.no_grad()
     def take_anchors(self) -> None:
@@ -173,10 +183,10 @@ class OuterSync:
             for index in range(len(self.units)):
                 self._apply(index)
 
-    def take_record(self) -> SyncRecord | None:
-        """The record of the last finished sync, once. On CUDA it waits for that sync's last copy to the host."""
-        finished, self._finished = self._finished, None
-        return finished() if finished is not None else None
+    def take_records(self) -> list[SyncRecord]:
+        """The records of the syncs that ended since the last call. On CUDA it waits for their last copy to the host."""
+        finished, self._finished = self._finished, []
+        return [record() for record in finished]
 
     # -- one unit -----------------------------------------------------------------------------------------------------
 
@@ -305,7 +315,7 @@ class OuterSync:
                 clipped_units=int(num_clipped),
             )
 
-        self._finished = record
+        self._finished.append(record)
 
 
 class _HostCopy:

@@ -36,6 +36,13 @@ class EDiTStats:
     rollbacks: int = 0
     loss_spikes: int = 0
 
+    def add(self, record: SyncRecord) -> None:
+        self.syncs += 1
+        self.exposed_seconds += record.exposed_seconds
+        self.sync_bytes += record.sync_bytes
+        self.anomalous_replicas += record.anomalous_replicas
+        self.rollbacks += record.rollbacks
+
 
 @dataclass
 class GlobalCount:
@@ -120,8 +127,8 @@ def sync_logs(record: SyncRecord) -> dict[str, float]:
         "edit/inner_steps": float(steps.mean()),
         "edit/pseudo_grad_norm": record.pseudo_grad_norm,
         "edit/clipped_units": record.clipped_units,
-        "edit/anomalous_replicas": int(plan.anomalous.any(dim=0).sum()),
-        "edit/rollbacks": int(plan.rolled_back.sum()),
+        "edit/anomalous_replicas": record.anomalous_replicas,
+        "edit/rollbacks": record.rollbacks,
         "edit/effective_replicas": record.effective_replicas,
         "edit/replica_loss_mean": float(finite.mean()) if len(finite) else math.nan,
         "edit/replica_loss_spread": spread,

@@ -33,10 +33,7 @@ from hf_edit.telemetry import (
 )
 
 logger = logging.getLogger(__name__)
-if TYPE_CHECKING:
-    _TrainerToBe = Trainer
-else:
-    _TrainerToBe = object
+_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
 
 class EDiTMixin(_TrainerToBe):
@@ -260,21 +257,13 @@ class EDiTMixin(_TrainerToBe):
 
     def _log_syncs(self) -> None:
         assert self._engine is not None
-        record = self._engine.take_record()
-        if record is None:
-            return
-        self._settle_counts(record)
-        logs = sync_logs(record)
-        stats = self.edit_stats
-        stats.syncs += 1
-        stats.exposed_seconds += record.exposed_seconds
-        stats.sync_bytes += record.sync_bytes
-        stats.anomalous_replicas += int(logs["edit/anomalous_replicas"])
-        stats.rollbacks += int(logs["edit/rollbacks"])
-        if self.is_world_process_zero():
-            for title, text in sync_events(record):
-                alert(title, text)
-        self.log(dict(logs))
+        for record in self._engine.take_records():
+            self._settle_counts(record)
+            self.edit_stats.add(record)
+            if self.is_world_process_zero():
+                for title, text in sync_events(record):
+                    alert(title, text)
+            self.log(sync_logs(record))
 
     def _hand_over_counts(self) -> None:
         self._input_tokens.hand_over()

@@ -3,9 +3,8 @@
 
     sudo python examples/benchmarks/traffic.py --json traffic.json
 
-Trains the same small Llama three times on two hosts: a few steps and one sync, the same with 20 inner steps more, and
-with one sync more. The differences are what 20 inner steps and what one sync cost. --busy turns on what else could
-leak: evaluation, logging every step, token counting.
+Trains a Llama on two hosts in pairs of runs that differ by 20 inner steps, or by one sync; the differences are what
+these cost. --busy turns on what else could leak: evaluation, logging every step, token counting.
 """
 
 from __future__ import annotations
@@ -40,26 +39,30 @@ def main() -> None:
 
 
 def measure(per_host: int, busy: bool) -> dict[str, object]:
-    """Bytes that host 0 and host 1 send, by what differs between two runs."""
-    few, parameter_bytes = run(per_host, busy, steps=4, sync_interval=1000)
-    more, _ = run(per_host, busy, steps=4 + INNER_STEPS, sync_interval=1000)
-    synced, _ = run(per_host, busy, steps=4, sync_interval=2)  # two syncs where `few` has one
+    """Bytes that host 0 and host 1 send, by what differs between two runs.
+
+    A sync's acknowledgements alone vary by kilobytes from run to run, so the inner steps are measured with a model
+    whose syncs are small.
+    """
+    few, _ = run(per_host, busy, "small", steps=4, sync_interval=1000)
+    more, _ = run(per_host, busy, "small", steps=4 + INNER_STEPS, sync_interval=1000)
+    once, parameter_bytes = run(per_host, busy, "large", steps=4, sync_interval=1000)
+    twice, _ = run(per_host, busy, "large", steps=4, sync_interval=2)
     return {
         "ranks_per_host": per_host,
         "busy": busy,
         "parameter_bytes": parameter_bytes,
         "bytes_of_20_inner_steps": [b - a for a, b in zip(few, more, strict=True)],
-        "bytes_of_one_sync": [b - a for a, b in zip(few, synced, strict=True)],
+        "bytes_of_one_sync": [b - a for a, b in zip(once, twice, strict=True)],
     }
 
 
-def run(per_host: int, busy: bool, steps: int, sync_interval: int) -> tuple[list[int], int]:
+def run(per_host: int, busy: bool, size: str, steps: int, sync_interval: int) -> tuple[list[int], int]:
     """What each host sent in one training, and the trainable parameters' fp32 size."""
     with tempfile.TemporaryDirectory() as folder, Hosts(2) as hosts:
         report = Path(folder) / "report.json"
-        hosts.torchrun(
-            per_host, HERE / "traffic_worker.py", str(report), str(steps), str(sync_interval), str(int(busy))
-        )
+        worker = HERE / "traffic_worker.py"
+        hosts.torchrun(per_host, worker, str(report), size, str(steps), str(sync_interval), str(int(busy)))
         told = json.loads(report.read_text(encoding="utf-8"))
         assert told["world_size"] == 2 * per_host, told
         assert told["num_replicas"] == 2, told

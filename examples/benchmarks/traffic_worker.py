@@ -1,4 +1,4 @@
-"""One rank of traffic.py: trains a small Llama on random tokens. Arguments: report, steps, sync interval, busy."""
+"""One rank of traffic.py: trains a Llama on random tokens. Arguments: report, size, steps, sync interval, busy."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_edit import EDiTTrainer
 
+SIZES = {
+    "small": dict(vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2),
+    "large": dict(vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4),
+}
+
 
 def main() -> None:
-    report, steps, sync_interval, busy = sys.argv[1], *map(int, sys.argv[2:])
+    report, size = sys.argv[1:3]
+    steps, sync_interval, busy = map(int, sys.argv[3:])
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
-    )
+    model = LlamaForCausalLM(LlamaConfig(**SIZES[size]))
     parameter_bytes = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    tokens = torch.randint(0, 2048, (512, 16), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, SIZES[size]["vocab_size"], (512, 16), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     args = TrainingArguments(
         output_dir=tempfile.mkdtemp(),

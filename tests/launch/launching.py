@@ -1,0 +1,50 @@
+"""Starts training scripts as a user would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "accelerate_configs"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def accelerate_launch(config: str, script: Path, *arguments: str, timeout: float = 240.0, **environment: str) -> str:
+    """`accelerate launch --config_file CONFIG SCRIPT ARGUMENTS`; its output. Fails with it on any exit code but 0."""
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CONFIGS / config)]
+    return run([*launcher, "--main_process_port", str(free_port()), str(script), *arguments], timeout, environment)
+
+
+def torchrun(num_processes: int, script: Path, *arguments: str, timeout: float = 240.0, **environment: str) -> str:
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={free_port()}"]
+    return run([*launcher, str(script), *arguments], timeout, environment)
+
+
+def run(command: list[str], timeout: float, environment: dict[str, str]) -> str:
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"still running after {timeout} s:\n{output[-8000:]}") from None
+    assert process.returncode == 0, f"exit code {process.returncode}:\n{output[-8000:]}"
+    return output

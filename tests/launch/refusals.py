@@ -1,0 +1,98 @@
+"""Run by both ranks of a torchrun: settings that EDiT cannot train with are refused when the trainer is made.
+
+Argument: the folder for results; texts go to FOLDER/texts.json by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+import torch.distributed as dist
+from accelerate import Accelerator, ParallelismConfig
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from hf_edit import EDiTTrainer
+
+FOLDER = sys.argv[1]
+FSDP = dict(fsdp=True, fsdp_config={"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
+
+
+def make(edit_config: dict[str, Any], model: Any = None, **settings: Any) -> EDiTTrainer:
+    args = TrainingArguments(output_dir=FOLDER, report_to="none", max_steps=1, **settings)
+    return EDiTTrainer(model=model or small(), args=args, train_dataset=[], edit_config=edit_config)
+
+
+def small() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+
+
+def with_variable(name: str, value: str, body: Callable[[], Any]) -> Any:
+    os.environ[name] = value
+    try:
+        return body()
+    finally:
+        del os.environ[name]
+
+
+def under_deepspeed() -> Any:
+    args = TrainingArguments(output_dir=FOLDER, report_to="none")
+    return with_variable(
+        "ACCELERATE_USE_DEEPSPEED", "true", lambda: EDiTTrainer(model=small(), args=args, train_dataset=[])
+    )
+
+
+class LoadedInShards(LlamaForCausalLM):
+    is_distributed_loading_by_transformers = True  # as after from_pretrained(distributed_config=...)
+
+
+def cut_by_tensor_parallelism() -> Any:
+    config = ParallelismConfig(dp_replicate_size=1, dp_shard_size=1, tp_size=2)
+    return make({"num_replicas": 2}, parallelism_config=config, **FSDP)
+
+
+WRONG: dict[str, Callable[[], Any]] = {
+    "fewer ranks than replicas": lambda: make({"num_replicas": 4}),
+    "not divisible": lambda: make({"num_replicas": 3}),
+    "interval 0": lambda: make({"sync_interval": 0}),
+    "both triggers": lambda: make({"sync_interval": 4, "sync_seconds": 3.0}),
+    "unknown setting": lambda: make({"tau": 4}),
+    "by time": lambda: make({"num_replicas": 2, "sync_seconds": 3.0}),
+    "delayed": lambda: make({"num_replicas": 2, "overlap": "delayed"}),
+    "FSDP1": lambda: make({"num_replicas": 2}, fsdp=True, fsdp_config={"version": 1}),
+    "DeepSpeed": under_deepspeed,
+    "loaded in shards": lambda: make({"num_replicas": 2}, model=LoadedInShards(small().config)),
+    "tensor parallelism": cut_by_tensor_parallelism,
+    "batches from process 0": lambda: make({"num_replicas": 2}, accelerator_config={"dispatch_batches": True}),
+    "resume": lambda: make({"num_replicas": 2}).train(resume_from_checkpoint=True),
+    "sharded checkpoints": lambda: with_variable(
+        "FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", lambda: make({"num_replicas": 2})
+    ),
+}
+
+
+def main() -> None:
+    texts = {}
+    for name, body in WRONG.items():
+        try:
+            body()
+        except ValueError as error:
+            texts[name] = str(error)
+        else:
+            raise AssertionError(f"{name} was not refused")
+    assert isinstance(make({"num_replicas": 2}).accelerator, Accelerator), "after all that a right one works"
+    assert dist.get_world_size() == 2
+    if dist.get_rank() == 0:
+        (Path(FOLDER) / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

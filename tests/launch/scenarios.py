@@ -1,0 +1,247 @@
+"""Run by every rank of a launch: trains small Llamas with EDiTTrainer, and compares on rank 0.
+
+Arguments: the folder for results, then the names of the scenarios. Results go to FOLDER/results.json, one entry a
+scenario; a failing assertion ends the launch with a non-zero exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+from hf_edit import EDiTConfig, EDiTTrainer
+from tests.dist.reference import simulate
+
+FOLDER = Path(sys.argv[1])
+VOCABULARY, LENGTH, BATCH = 64, 12, 2
+
+
+def make_model(tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+
+
+def make_rows(num_rows: int = 256, ragged: bool = False) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for _ in range(num_rows):
+        tokens = torch.randint(0, VOCABULARY, (LENGTH,), generator=generator)
+        labels = tokens.clone()
+        if ragged:
+            labels[int(torch.randint(2, LENGTH, (), generator=generator)) :] = -100
+        rows.append({"input_ids": tokens, "labels": labels})
+    return rows
+
+
+def make_args(**settings: Any) -> TrainingArguments:
+    defaults = dict(
+        output_dir=str(FOLDER / "trainer"), max_steps=9, per_device_train_batch_size=BATCH, learning_rate=1e-2,
+        lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, train_sampling_strategy="sequential",
+        report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    return TrainingArguments(**{**defaults, **settings})
+
+
+def train(
+    config: EDiTConfig, tied: bool = False, ragged: bool = False, trainer: Any = EDiTTrainer, **settings: Any
+) -> Any:
+    """A finished trainer; it must have had the launch's layout."""
+    args = make_args(**settings)
+    trainer = trainer(
+        model=make_model(tied), args=args, train_dataset=make_rows(ragged=ragged), eval_dataset=make_rows(8),
+        edit_config=config,
+    )  # fmt: skip
+    trainer.train()
+    assert dist.get_world_size() == int(os.environ["WORLD_SIZE"]) == trainer.accelerator.num_processes
+    assert trainer.edit_layout.num_replicas > 1
+    sharded = isinstance(trainer.model, FSDPModule)
+    assert sharded == (trainer.edit_layout.replica_size > 1), trainer.accelerator.distributed_type
+    return trainer
+
+
+def parameters(trainer: Any) -> dict[str, Tensor]:
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def expected(
+    layout: Any, steps: int, ragged: bool = False, accumulation: int = 1, sgd: bool = False, **settings: Any
+) -> dict[str, Tensor]:
+    """What the independent simulation ends with on the Trainer's data."""
+    rows, world = make_rows(ragged=ragged), layout.num_replicas * layout.replica_size
+
+    def losses(net: nn.Module, step: int, ranks: list[int]) -> Tensor:
+        picked = []
+        for micro in range(accumulation):
+            for rank in ranks:
+                first = ((step * accumulation + micro) * world + rank) * BATCH
+                picked += rows[first : first + BATCH]
+        tokens, labels = (torch.stack([row[key] for row in picked]) for key in ("input_ids", "labels"))
+        return net(input_ids=tokens, labels=labels).loss  # the mean over the labels of the whole replica
+
+    def unit(name: str) -> str:
+        if "layers." in name:
+            return name.split("layers.")[1].split(".")[0]
+        return "embed" if "embed" in name else "tail"
+
+    def optimizer(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.5) if sgd else torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
+
+    return simulate(
+        make_model, unit, losses, optimizer, num_replicas=layout.num_replicas, replica_size=layout.replica_size,
+        steps=steps, **settings,
+    )  # fmt: skip
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert {n for n in other if n in one} == set(other), set(other) ^ set(one)
+    return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in other)
+
+
+def compare(trainer: Any, tolerance: float = 1e-5, **settings: Any) -> dict[str, Any]:
+    mine = parameters(trainer)
+    if trainer.is_world_process_zero():
+        apart = distance(mine, expected(trainer.edit_layout, **settings))
+        assert apart <= tolerance, f"relative distance {apart:.2e}"
+        return {"distance": apart}
+    return {}
+
+
+# -- scenarios --------------------------------------------------------------------------------------------------------
+
+
+def simulation_adamw() -> dict[str, Any]:
+    """The default overlap, warm-up, penalty, clipping, steps that are no multiple of tau."""
+    config = EDiTConfig(sync_interval=3, warmup_steps=2, max_pseudo_grad_norm=0.3)
+    trainer = train(config)
+    assert trainer.edit_stats.syncs == 3
+    assert trainer.edit_stats.inner_steps == 7
+    return compare(trainer, steps=9, tau=3, warmup=2, clip=0.3)
+
+
+def simulation_sgd_accumulating() -> dict[str, Any]:
+    config = EDiTConfig(sync_interval=2, overlap="none")
+    settings = dict(optim="sgd", learning_rate=0.5, gradient_accumulation_steps=2)
+    return compare(train(config, **settings), steps=9, tau=2, sgd=True, accumulation=2)
+
+
+def tokens_are_averaged_over_the_replica() -> dict[str, Any]:
+    """Labels of different lengths: the loss of an inner step is the mean over the replica's tokens."""
+    settings = dict(optim="sgd", learning_rate=0.5, gradient_accumulation_steps=2)
+    trainer = train(EDiTConfig(sync_interval=2), ragged=True, **settings)
+    return compare(trainer, steps=9, tau=2, sgd=True, ragged=True, accumulation=2)
+
+
+def warmup_is_the_plain_trainer() -> dict[str, Any]:
+    """Only synchronous steps, ragged labels: what Trainer does on all ranks, whose loss is the mean over all tokens."""
+    settings = dict(optim="sgd", learning_rate=0.5)
+    trainer = train(EDiTConfig(warmup_steps=100), ragged=True, **settings)
+    mine = parameters(trainer)
+    if not trainer.is_world_process_zero():
+        return {}
+    one_replica = type(trainer.edit_layout)(1, dist.get_world_size(), 0)
+    one_step_at_a_time = dict(tau=1000, outer_lr=1.0, outer_momentum=0.0, weighting="uniform", delta=None, clip=None)
+    apart = distance(mine, expected(one_replica, steps=9, sgd=True, ragged=True, **one_step_at_a_time))
+    assert apart <= 1e-5, f"relative distance {apart:.2e}"
+    return {"distance": apart}
+
+
+def overlap_and_offload_change_no_bit() -> dict[str, Any]:
+    config = dict(sync_interval=2, warmup_steps=1)
+    first = parameters(train(EDiTConfig(**config, overlap="none")))
+    for other in ({"overlap": "forward"}, {"overlap": "forward", "offload_outer_state": True}):
+        again = parameters(train(EDiTConfig(**config, **other)))
+        assert all(torch.equal(first[name], again[name]) for name in first), other
+    return {"tensors": len(first)}
+
+
+def logs() -> dict[str, Any]:
+    """Every key at every sync, at the right step; counts over all replicas; evaluation moved to a sync."""
+    counting = dict(include_num_input_tokens_seen="all", eval_strategy="steps", eval_steps=3, eval_on_start=True)
+    trainer = train(EDiTConfig(sync_interval=4), **counting)
+    history = trainer.state.log_history
+    world = trainer.accelerator.num_processes
+    losses = {entry["step"]: entry for entry in history if "loss" in entry}
+    assert sorted(losses) == list(range(1, 10))
+    assert all(losses[s]["num_input_tokens_seen"] == s * world * BATCH * LENGTH for s in losses)
+    assert trainer.state.total_flos == 9 * world * trainer.floating_point_ops(
+        {"input_ids": torch.zeros(BATCH, LENGTH, dtype=torch.long)}
+    )
+    syncs = {entry["step"]: entry for entry in history if "edit/sync_seconds" in entry}
+    # Due after steps 4 and 8; evaluation, due at 3, 6 and 9, ends them at once; the rest at the end.
+    assert sorted(syncs) == [4, 8, 9]
+    assert [e["step"] for e in history if "eval_loss" in e] == [0, 4, 8, 9]
+    return {"keys": sorted(syncs[4]), "inner_steps": [syncs[s]["edit/inner_steps"] for s in sorted(syncs)]}
+
+
+def saved_models_load_anywhere() -> dict[str, Any]:
+    """save_model() and a checkpoint hold what all replicas agreed on; from_pretrained reads them."""
+    trainer = train(EDiTConfig(sync_interval=4), tied=True, save_strategy="steps", save_steps=6, save_only_model=True)
+    trainer.save_model(str(FOLDER / "saved"))
+    mine = parameters(trainer)
+    if trainer.is_world_process_zero():  # due at 6, moved to 8; the Trainer also saves at the end
+        folders = sorted(path.name for path in (FOLDER / "trainer").glob("checkpoint-*"))
+        assert folders == ["checkpoint-8", "checkpoint-9"], folders
+    dist.barrier()
+    loaded = LlamaForCausalLM.from_pretrained(FOLDER / "saved")
+    if trainer.is_world_process_zero():
+        for name, value in loaded.named_parameters():
+            assert torch.equal(value.detach(), mine[name]), name
+        LlamaForCausalLM.from_pretrained(FOLDER / "trainer" / "checkpoint-8")
+    return {}
+
+
+def training_twice_and_called_in_between() -> dict[str, Any]:
+    """A callback evaluates between two syncs: the sync is brought forward. train() works again."""
+
+    class Evaluate(TrainerCallback):
+        trainer: Any = None
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                self.trainer.evaluate()
+
+    callback = Evaluate()
+
+    class WithCallback(EDiTTrainer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs, callbacks=[callback])
+            callback.trainer = self
+
+    trainer = train(EDiTConfig(sync_interval=4), trainer=WithCallback)
+    # Brought forward from 4 to 3, then 7, then the end.
+    assert trainer.edit_stats.syncs == 3
+    trainer.train()
+    assert trainer.edit_stats.syncs == 3
+    return {"steps": trainer.state.global_step}
+
+
+def main() -> None:
+    results = {}
+    for name in sys.argv[2:]:
+        results[name] = globals()[name]()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"passed: {name}", flush=True)
+    if dist.get_rank() == 0:
+        (FOLDER / "results.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Wrong settings are refused before any training, with a text that says what was given, what is needed, what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launch.launching import run, torchrun
+
+PROMISED = {
+    "fewer ranks than replicas": ["num_replicas=4, but only 2 process(es) take part", "Launch at least 4 processes"],
+    "not divisible": ["num_replicas=3, but only 2 process(es)"],
+    "interval 0": ["sync_interval=0", "Give sync_interval=1 to sync after every step"],
+    "both triggers": ["sync_interval=4 and sync_seconds=3.0 are both set", "Leave out sync_seconds"],
+    "unknown setting": ["Unknown EDiTConfig settings: ['tau']", "Known:"],
+    "by time": ["sync_seconds=3.0: this version syncs by steps only", "set sync_interval"],
+    "delayed": ['overlap="delayed" is not in this version', 'Use overlap="forward"'],
+    "FSDP1": ["fsdp_version=1: EDiT needs FSDP2", "fsdp_version: 2"],
+    "DeepSpeed": ["DeepSpeed is on", "set fsdp=True"],
+    "loaded in shards": ["sharded when it was loaded (DistributedConfig)", "without distributed_config"],
+    "tensor parallelism": ["tp_size=2", "Set tp_size to 1"],
+    "batches from process 0": ["dispatch_batches=True", "Leave dispatch_batches unset"],
+    "resume": ["resume_from_checkpoint=True", "cannot be resumed", "from_pretrained"],
+    "sharded checkpoints": ["SHARDED_STATE_DICT", "FULL_STATE_DICT"],
+}
+
+
+def test_the_texts(tmp_path: Path) -> None:
+    torchrun(2, Path(__file__).with_name("refusals.py"), str(tmp_path))
+    texts = json.loads((tmp_path / "texts.json").read_text(encoding="utf-8"))
+    assert set(texts) == set(PROMISED)
+    for name, promises in PROMISED.items():
+        for promise in promises:
+            assert promise in texts[name], f"{name}: {texts[name]}"
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator the processes find each other")
+def test_lone_processes_are_refused(tmp_path: Path) -> None:
+    """The launcher starts two processes, but nothing tells Accelerate to use the CPU: each would train alone."""
+    output = torchrun(2, Path(__file__).with_name("alone.py"), str(tmp_path), ACCELERATE_USE_CPU="false")
+    assert output.count("refused: The launcher started 2 processes (WORLD_SIZE=2), but Accelerate sees 1") == 2
+    assert output.count("TrainingArguments(use_cpu=True)") == 2
+
+
+def test_one_process_is_a_plain_trainer_and_says_so(tmp_path: Path) -> None:
+    output = run([str(Path(__file__).with_name("alone.py")), str(tmp_path)], 120, {"ACCELERATE_USE_CPU": "true"})
+    assert output.count("EDiT: one replica, so this is a plain Trainer") == 1
+    assert "callbacks of hf_edit: []" in output

@@ -1,0 +1,24 @@
+"""Bytes between two hosts, counted where they cross: nothing in inner steps, the parameters once in a sync."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.launch.launching import ROOT
+
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+
+from hosts import unavailable
+from traffic import measure
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+@pytest.mark.parametrize(("per_host", "busy"), [(2, True), (1, True), (2, False)])
+def test_inner_steps_send_nothing_and_a_sync_the_parameters_once(per_host: int, busy: bool) -> None:
+    figures = measure(per_host, busy)
+    for host in (0, 1):
+        assert abs(figures["bytes_of_20_inner_steps"][host]) < 4096, figures
+        sent, needed = figures["bytes_of_one_sync"][host], figures["parameter_bytes"]
+        assert 0.95 * needed < sent < 1.02 * needed + 65536, figures

@@ -1,0 +1,58 @@
+"""EDiTTrainer under every launcher that fits a CPU: one launch a configuration, several scenarios in each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch.launching import CONFIGS, accelerate_launch, torchrun
+
+SCRIPT = Path(__file__).with_name("scenarios.py")
+SCENARIOS = [
+    "simulation_adamw",
+    "simulation_sgd_accumulating",
+    "tokens_are_averaged_over_the_replica",
+    "warmup_is_the_plain_trainer",
+    "overlap_and_offload_change_no_bit",
+    "logs",
+    "saved_models_load_anywhere",
+    "training_twice_and_called_in_between",
+]
+KEYS = {
+    "edit/sync_seconds", "edit/exposed_seconds", "edit/wait_seconds", "edit/sync_bytes", "edit/inner_steps",
+    "edit/pseudo_grad_norm", "edit/clipped_units", "edit/anomalous_replicas", "edit/rollbacks",
+    "edit/effective_replicas", "edit/replica_loss_mean", "edit/replica_loss_spread", "edit/tokens_per_second",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
+def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
+    output = accelerate_launch(config, SCRIPT, str(tmp_path), *SCENARIOS)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert list(results) == SCENARIOS, output
+    assert set(results["logs"]["keys"]) >= KEYS
+    assert results["logs"]["inner_steps"] == [4, 4, 1]
+    layout = {"cpu_2x2.yaml": "2 replicas x 2 shards", "cpu_4x1.yaml": "4 replicas x 1 shards"}[config]
+    assert f"EDiT: {layout}." in output
+    assert output.count("what falls between two syncs (evaluate) moves to the next sync") == 1
+
+
+def test_fsdp_from_training_arguments(tmp_path: Path) -> None:
+    """The same without an Accelerate config file: FSDP2 asked for in TrainingArguments, replicas in EDiTConfig."""
+    output = torchrun(4, Path(__file__).with_name("from_arguments.py"), str(tmp_path))
+    assert "passed: 2x2 and 4x1" in output
+
+
+def test_every_configuration_is_read() -> None:
+    import yaml
+
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sizes = settings.get("parallelism_config")
+        if sizes:
+            product = sizes["parallelism_config_dp_replicate_size"] * sizes["parallelism_config_dp_shard_size"]
+            assert product == settings["num_processes"], path.name
+            assert settings["fsdp_config"]["fsdp_version"] == 2
+        assert path.name in (CONFIGS / "README.md").read_text(encoding="utf-8")
