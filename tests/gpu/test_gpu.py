@@ -1,0 +1,105 @@
+"""What one GPU can show: a sync's streams are ordered, and replicas on a GPU agree however a sync is carried out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_edit.config import EDiTConfig
+from hf_edit.sync import OuterSync
+from hf_edit.units import find_units
+from tests.dist.nets import Net, batch
+from tests.launch.launching import torchrun
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Twin:
+    """`Peers` with one other replica, which always is where this one is. Sums on a stream of its own, late, as NCCL
+    would; with `late_cycles=None` at once on the current stream."""
+
+    num_replicas = 2
+    replica = 0
+    bytes_sent = 0
+
+    def __init__(self, late_cycles: int | None) -> None:
+        self.late_cycles = late_cycles
+        self.stream = torch.cuda.Stream()
+
+    def gather(self, vector: Tensor) -> Callable[[], Tensor]:
+        return lambda: torch.stack([vector, vector])
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> Any:
+        if self.late_cycles is None:
+            for tensor in tensors:
+                tensor.mul_(2)
+            return _Done(None)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            torch.cuda._sleep(self.late_cycles)
+            for tensor in tensors:
+                tensor.mul_(2)
+            return _Done(self.stream.record_event())
+
+    def commit(self, sync: int) -> bool:
+        return True
+
+
+class _Done:
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+    def wait(self) -> None:
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
+
+
+def train_with_twin(peers: Twin, config: EDiTConfig, steps: int = 8) -> tuple[dict[str, Tensor], list[Any]]:
+    model = Net(num_blocks=6).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    sync = OuterSync(find_units(model), peers, lambda tensor: tensor, config, optimizer)
+    sync.take_anchors()
+    for step in range(steps):
+        x, y = (t.cuda() for t in batch(step, 0))
+        nn.functional.mse_loss(model(x), y).backward()
+        sync.finish()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 2 == 1:
+            sync.begin({"inner_steps": 2.0})
+            if config.overlap == "none":
+                sync.finish()
+            else:
+                sync.apply_in_forward()
+    sync.finish()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, sync.take_records()
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_late_all_reduce_on_another_stream_changes_nothing(offload: bool) -> None:
+    prompt, _ = train_with_twin(Twin(None), EDiTConfig(overlap="none"))
+    late, records = train_with_twin(Twin(2_000_000), EDiTConfig(overlap="forward", offload_outer_state=offload))
+    assert all(torch.equal(prompt[name], late[name]) for name in prompt)
+    assert all(0 < record.exposed_seconds < 10 for record in records)
+    assert len(records) == 4
+
+
+def test_waiting_for_the_network_is_exposed_time() -> None:
+    _, prompt = train_with_twin(Twin(None), EDiTConfig(overlap="none"))
+    _, late = train_with_twin(Twin(20_000_000), EDiTConfig(overlap="none"))
+    assert late[-1].exposed_seconds > prompt[-1].exposed_seconds + 0.03
+
+
+@pytest.mark.parametrize("replica_size", [1, 2])
+def test_two_replicas_on_one_gpu_agree_in_every_way(replica_size: int, tmp_path: Path) -> None:
+    torchrun(2 * replica_size, Path(__file__).with_name("replicas.py"), str(tmp_path), str(replica_size))
+    told = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
+    assert told["world_size"] == 2 * replica_size
+    assert told["devices"] == ["cuda"]
+    assert told["differing"] == {"forward": 0.0, "offload": 0.0}
