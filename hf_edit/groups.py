@@ -259,12 +259,15 @@ def _own_group(all_ranks: list[list[int]], timeout: timedelta) -> dist.ProcessGr
 
 @functools.cache
 def _leave_cleanly_at_exit() -> None:
-    # gloo (torch 2.13) aborts in about every second exit of a process that leaves its groups behind ("terminate called
-    # without an active exception"; 14 of 25, and 6 of 25 with the default group alone), and torchrun then reports a
-    # failed run. After an uncaught exception nothing is tidied: that would wait for peers which wait for us.
+    # A gloo thread (torch 2.13) lets go of a collective's tensors after it has reported the end; if Python is already
+    # finalizing by then, it aborts the process ("terminate called without an active exception"), in 14 of 25 exits
+    # right after an all-reduce, and torchrun reports a failed run. So: end the groups' threads, and leave those of
+    # groups that DDP still holds the time to let go. After an uncaught exception nothing is tidied, since that would
+    # wait for peers which wait for us.
     def leave() -> None:
         if dist.is_initialized() and getattr(sys, "last_value", None) is None:
             dist.destroy_process_group()
+            time.sleep(0.1)
 
     atexit.register(leave)
 

@@ -188,7 +188,11 @@ def go_offline_without_login(report_to: list[str]) -> None:
         import wandb
     except ImportError:
         return  # the Trainer's own error names the missing package
-    if wandb.api.api_key is None:
+    try:
+        logged_in = wandb.login(prompt=False, verify=False)
+    except TypeError:  # an older wandb, which cannot look without asking
+        logged_in = wandb.api.api_key is not None
+    if not logged_in:
         os.environ["WANDB_MODE"] = "offline"
         logger.warning("No W&B login was found: logging offline. `wandb login`, or `wandb sync` the run afterwards.")
 

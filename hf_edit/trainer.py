@@ -86,7 +86,8 @@ class EDiTMixin(_TrainerToBe):
         self.edit_layout: Layout = plan_layout(self.args, self.edit_config, self.model)
         if self.edit_layout.num_replicas > 1:
             _refuse_settings(self.edit_config, self.args)
-        go_offline_without_login(self.args.report_to)
+        if self.args.process_index == 0:  # the one that reports
+            go_offline_without_login(self.args.report_to)
         super().create_accelerator_and_postprocess()
         check_accelerator(self.accelerator, self.edit_layout)
         if self.edit_layout.num_replicas > 1:

@@ -19,22 +19,30 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def accelerate_launch(config: str, script: Path, *arguments: str, timeout: float = 240.0, **environment: str) -> str:
-    """`accelerate launch --config_file CONFIG SCRIPT ARGUMENTS`; its output. Fails with it on any exit code but 0."""
+def accelerate_launch(
+    config: str, script: Path, *arguments: str, timeout: float = 240.0, **environment: str | None
+) -> str:
+    """`accelerate launch --config_file CONFIG SCRIPT ARGUMENTS`; its output. Fails with it on any exit code but 0.
+
+    An environment variable that is None is unset.
+    """
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CONFIGS / config)]
     return run([*launcher, "--main_process_port", str(free_port()), str(script), *arguments], timeout, environment)
 
 
-def torchrun(num_processes: int, script: Path, *arguments: str, timeout: float = 240.0, **environment: str) -> str:
+def torchrun(
+    num_processes: int, script: Path, *arguments: str, timeout: float = 240.0, **environment: str | None
+) -> str:
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={free_port()}"]
     return run([*launcher, str(script), *arguments], timeout, environment)
 
 
-def run(command: list[str], timeout: float, environment: dict[str, str]) -> str:
+def run(command: list[str], timeout: float, environment: dict[str, str | None]) -> str:
+    merged = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        env={name: value for name, value in merged.items() if value is not None},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
