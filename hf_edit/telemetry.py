@@ -188,12 +188,15 @@ def go_offline_without_login(report_to: list[str]) -> None:
         import wandb
     except ImportError:
         return  # the Trainer's own error names the missing package
+    if wandb.run is not None:
+        return  # the user started a run, however they did
     try:
         logged_in = wandb.login(prompt=False, verify=False)
     except TypeError:  # an older wandb, which cannot look without asking
         logged_in = wandb.api.api_key is not None
     if not logged_in:
         os.environ["WANDB_MODE"] = "offline"
+        wandb.teardown()  # looking has read the environment; the next run shall read it anew
         logger.warning("No W&B login was found: logging offline. `wandb login`, or `wandb sync` the run afterwards.")
 
 
