@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from hf_edit.config import EDiTConfig
 from hf_edit.groups import Layout, default_num_replicas
@@ -97,12 +98,27 @@ def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout) -
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         return {**built, "fsdp_plugin": None, "parallelism_config": None}
     plugin = built.get("fsdp_plugin") or FullyShardedDataParallelPlugin()
+    if layout.num_replicas > 1:
+        _refuse_plugin(plugin)
     parallelism = ReplicaParallelismConfig(
         dp_replicate_size=layout.num_replicas,
         dp_shard_size=layout.replica_size,
         cpu_fsdp_plugin=plugin if on_cpu else None,
     )
     return {**built, "fsdp_plugin": plugin, "parallelism_config": parallelism}
+
+
+def _refuse_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
+    if "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
+        raise ValueError(
+            "fsdp_state_dict_type: SHARDED_STATE_DICT: every replica would write the same names, and the Trainer's "
+            "checkpoint would mix their optimizer states. Set it to FULL_STATE_DICT."
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "FSDP's cpu_offload keeps the parameters in host memory, where replicas cannot sync them. Turn it off; "
+            "offload_outer_state=True moves EDiT's own state there."
+        )
 
 
 def check_accelerator(accelerator: Accelerator, layout: Layout) -> None:

@@ -113,6 +113,10 @@ class Engine:
             self._begin()
             self.sync.finish()
 
+    def abandon(self) -> None:
+        """Forgets a sync under way; for a training that was broken off."""
+        self.sync.abandon()
+
     def _begin(self) -> None:
         # Inner steps are equal on all ranks of a replica, and what is gathered is the sum over them.
         inner_steps = self.schedule.inner_steps / self.peers.layout.replica_size

@@ -80,6 +80,11 @@ def default_num_replicas(world_size: int, *, fsdp: bool, dp_replicate_size: int 
     return 1 if fsdp else world_size
 
 
+def ring_bytes(num_bytes: int, num_replicas: int) -> int:
+    """What one rank sends when `num_bytes` are all-reduced over a ring: each element 2 (R - 1) / R times."""
+    return num_bytes * 2 * (num_replicas - 1) // num_replicas
+
+
 class Pending(Protocol):
     """A collective under way."""
 
@@ -148,8 +153,7 @@ class ProcessGroupPeers:
         return result
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> Pending:
-        # A ring sends every element 2 (R - 1) / R times.
-        self.bytes_sent += sum(t.nbytes for t in tensors) * 2 * (self.num_replicas - 1) // self.num_replicas
+        self.bytes_sent += ring_bytes(sum(t.nbytes for t in tensors), self.num_replicas)
         with self._blame():
             works = [dist.all_reduce(t, group=self.sync_group, async_op=True) for t in tensors]
         return _Works(works, self)

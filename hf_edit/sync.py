@@ -183,6 +183,12 @@ class OuterSync:
             for index in range(len(self.units)):
                 self._apply(index)
 
+    def abandon(self) -> None:
+        """Forgets the sync under way and takes its hooks from the model."""
+        self._running = None
+        while self._hooks:
+            self._hooks.pop().remove()
+
     def take_records(self) -> list[SyncRecord]:
         """The records of the syncs that ended since the last call. On CUDA it waits for their last copy to the host."""
         finished, self._finished = self._finished, []
@@ -287,9 +293,7 @@ class OuterSync:
         return SyncPlan(norms, weights, anomalous, restarted, anomalous.all(dim=1), tallies)
 
     def _end(self, run: _Running, plan: SyncPlan) -> None:
-        self._running = None
-        while self._hooks:
-            self._hooks.pop().remove()
+        self.abandon()
         now = self._clock()
         squares = torch.stack(list(run.square_norms.values())) if run.square_norms else torch.zeros(0)
         if not run.factors and run.square_norms:

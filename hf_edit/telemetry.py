@@ -9,7 +9,9 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -165,16 +167,24 @@ def sync_events(record: SyncRecord) -> list[tuple[str, str]]:
 
 
 def alert(title: str, text: str) -> None:
-    """Warns in the log, and in W&B if a run is active; a W&B that fails is said, and ends nothing."""
+    """Warns in the log, and in W&B if a run is active."""
     logger.warning("%s. %s", title, text)
-    wandb = sys.modules.get("wandb")
-    run = getattr(wandb, "run", None)
+    _tell_wandb("alert", lambda run: run.alert(title=title, text=text))
+
+
+def publish_settings(settings: dict[str, Any]) -> None:
+    """Puts EDiT's settings beside the Trainer's in the active W&B run's config."""
+    _tell_wandb("configuration", lambda run: run.config.update({"edit": settings}, allow_val_change=True))
+
+
+def _tell_wandb(what: str, tell: Callable[[Any], object]) -> None:
+    run = getattr(sys.modules.get("wandb"), "run", None)
     if run is None:
         return
     try:
-        run.alert(title=title, text=text)
-    except Exception as error:  # whatever W&B raises when it is down: training goes on
-        logger.warning("W&B did not take the alert: %s", error)
+        tell(run)
+    except Exception as error:  # whatever W&B raises when it is down: that is said, and training goes on
+        logger.warning("W&B did not take the %s: %s", what, error)
 
 
 def go_offline_without_login(report_to: list[str]) -> None:

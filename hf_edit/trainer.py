@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from hf_edit.accelerate_hook import check_accelerator, plan_layout, replica_accelerator_args
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
-from hf_edit.groups import Layout, ProcessGroupPeers
+from hf_edit.groups import Layout, ProcessGroupPeers, ring_bytes
 from hf_edit.sync import SyncRecord
 from hf_edit.telemetry import (
     EDiTStats,
@@ -28,6 +27,7 @@ from hf_edit.telemetry import (
     LossSpikeDetector,
     alert,
     go_offline_without_login,
+    publish_settings,
     sync_events,
     sync_logs,
 )
@@ -85,7 +85,7 @@ class EDiTMixin(_TrainerToBe):
     def create_accelerator_and_postprocess(self) -> None:
         self.edit_layout: Layout = plan_layout(self.args, self.edit_config, self.model)
         if self.edit_layout.num_replicas > 1:
-            _refuse_settings(self.edit_config, self.args)
+            _refuse_settings(self.edit_config)
         if self.args.process_index == 0:  # the one that reports
             go_offline_without_login(self.args.report_to)
         super().create_accelerator_and_postprocess()
@@ -124,16 +124,21 @@ class EDiTMixin(_TrainerToBe):
         self._spikes = LossSpikeDetector(self.edit_config.loss_spike_threshold)
         self._input_tokens = GlobalCount(self.edit_layout.num_replicas, self.state.num_input_tokens_seen)
         self._flos = GlobalCount(self.edit_layout.num_replicas, self.state.total_flos)
+        if self._engine is not None:
+            self._engine.abandon()  # an earlier training was broken off
         self._engine = Engine(
             self.model_wrapped, self.optimizer, self.edit_config, self._peers, on_begin=self._hand_over_counts
         )
+        elements = sum(part.numel() for unit in self._engine.units for part in unit.parts())
+        self._gradient_bytes = ring_bytes(4 * elements, self.edit_layout.num_replicas)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self._engine is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        main_input = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        main_input_name = getattr(self.model, "main_input_name", "input_ids")
+        main_input = inputs.get(main_input_name) if isinstance(inputs, Mapping) else None
         tokens = main_input.numel() if isinstance(main_input, Tensor) else 0
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._engine.tally(loss=loss / self.edit_layout.replica_size, tokens=tokens)
@@ -145,13 +150,8 @@ class EDiTMixin(_TrainerToBe):
             return
         if not self._engine.warming_up:
             self.edit_stats.inner_steps += 1
-            self.edit_stats.hsdp_bytes += self._hsdp_bytes_per_step()
+            self.edit_stats.hsdp_bytes += self._gradient_bytes
         self._engine.step()
-
-    def _hsdp_bytes_per_step(self) -> int:
-        assert self._engine is not None
-        sizes = [part.numel() * 4 for unit in self._engine.units for part in unit.parts()]
-        return sum(sizes) * 2 * (self.edit_layout.num_replicas - 1) // self.edit_layout.num_replicas
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         # Private in transformers 5.23, as are the other underscored methods below; tests/launch counts the bytes that
@@ -278,6 +278,11 @@ class EDiTMixin(_TrainerToBe):
             self.state.num_input_tokens_seen = round(self._input_tokens.value)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        if self.edit_layout.replica_size > 1 and self._peers is None and self.edit_layout.num_replicas > 1:
+            raise RuntimeError(
+                "evaluate() before train(): FSDP2 shards the model together with its optimizer, when training starts. "
+                "Set eval_on_start=True to evaluate the untrained model."
+            )
         self._make_replicas_equal("evaluate")
         return super().evaluate(*args, **kwargs)
 
@@ -315,6 +320,7 @@ class _EngineDriver(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._start_engine()
+        publish_settings(self.trainer.edit_config.to_dict())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._engine.before_optimizer_step()
@@ -323,7 +329,7 @@ class _EngineDriver(TrainerCallback):
         self.trainer._step_taken()
 
 
-def _refuse_settings(config: EDiTConfig, args: Any) -> None:
+def _refuse_settings(config: EDiTConfig) -> None:
     if config.sync_seconds is not None:
         raise ValueError(
             f"sync_seconds={config.sync_seconds}: this version syncs by steps only. Leave sync_seconds out and set "
@@ -331,12 +337,3 @@ def _refuse_settings(config: EDiTConfig, args: Any) -> None:
         )
     if config.overlap == "delayed":
         raise ValueError('overlap="delayed" is not in this version. Use overlap="forward".')
-    if os.environ.get("FSDP_STATE_DICT_TYPE", "").upper() == "SHARDED_STATE_DICT" and _saves_optimizer(args):
-        raise ValueError(
-            "fsdp_state_dict_type: SHARDED_STATE_DICT: the Trainer's sharded checkpoints would mix the optimizer "
-            "states of the replicas. Set it to FULL_STATE_DICT, or save_strategy='no'."
-        )
-
-
-def _saves_optimizer(args: Any) -> bool:
-    return str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" and not args.save_only_model

@@ -1,12 +1,28 @@
-"""Run by every rank of a torchrun: FSDP2 through TrainingArguments, as 2 x 2 and, with nothing left to shard, 4 x 1."""
+"""Run by every rank of a torchrun: FSDP2 through TrainingArguments, as 2 x 2 and, with nothing left to shard, 4 x 1;
+also what is refused with replicas of several ranks."""
 
 from __future__ import annotations
 
 import os
+import re
+from typing import Any
 
-from tests.launch.scenarios import EDiTConfig, compare, dist, train
+import pytest
+
+from tests.launch.scenarios import EDiTConfig, EDiTTrainer, compare, dist, make_args, make_model, make_rows, train
 
 FSDP = dict(fsdp=True, fsdp_config={"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
+
+
+def make(**settings: Any) -> EDiTTrainer:
+    args = make_args(**settings)
+    return EDiTTrainer(model=make_model(), args=args, eval_dataset=make_rows(4), edit_config={"num_replicas": 2})
+
+
+def refused(kind: type[Exception], body: Any, text: str) -> None:
+    with pytest.raises(kind, match=re.escape(text)):
+        body()
+
 
 if __name__ == "__main__":
     os.environ.pop("ACCELERATE_USE_FSDP", None)
@@ -15,5 +31,14 @@ if __name__ == "__main__":
         trainer = train(config, **FSDP)
         assert (trainer.edit_layout.num_replicas, trainer.edit_layout.replica_size) == (replicas, 4 // replicas)
         compare(trainer, steps=9, tau=4, warmup=2)
+    refused(ValueError, make, "replicas of 2 ranks, which need FSDP2, but FSDP is off. Set fsdp=True")
+    for key, value, text in (
+        ("state_dict_type", "SHARDED_STATE_DICT", "Set it to FULL_STATE_DICT"),
+        ("cpu_offload", True, "FSDP's cpu_offload keeps the parameters in host memory"),
+    ):
+        config = {**FSDP["fsdp_config"], key: value}
+        refused(ValueError, lambda config=config: make(fsdp=True, fsdp_config=config), text)
+    untrained = make(**FSDP)
+    refused(RuntimeError, untrained.evaluate, "evaluate() before train()")
     dist.barrier()
     print("passed: 2x2 and 4x1", flush=True)

@@ -21,7 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from hf_edit import EDiTTrainer
 
 FOLDER = sys.argv[1]
-FSDP = dict(fsdp=True, fsdp_config={"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
+
+
+def fsdp(**config: Any) -> dict[str, Any]:
+    return dict(fsdp=True, fsdp_config={"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **config})
 
 
 def make(edit_config: dict[str, Any], model: Any = None, **settings: Any) -> EDiTTrainer:
@@ -56,7 +59,7 @@ class LoadedInShards(LlamaForCausalLM):
 
 def cut_by_tensor_parallelism() -> Any:
     config = ParallelismConfig(dp_replicate_size=1, dp_shard_size=1, tp_size=2)
-    return make({"num_replicas": 2}, parallelism_config=config, **FSDP)
+    return make({"num_replicas": 2}, parallelism_config=config, **fsdp())
 
 
 WRONG: dict[str, Callable[[], Any]] = {
@@ -73,9 +76,6 @@ WRONG: dict[str, Callable[[], Any]] = {
     "tensor parallelism": cut_by_tensor_parallelism,
     "batches from process 0": lambda: make({"num_replicas": 2}, accelerator_config={"dispatch_batches": True}),
     "resume": lambda: make({"num_replicas": 2}).train(resume_from_checkpoint=True),
-    "sharded checkpoints": lambda: with_variable(
-        "FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", lambda: make({"num_replicas": 2})
-    ),
 }
 
 

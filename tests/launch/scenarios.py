@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from hf_edit import EDiTConfig, EDiTTrainer
+from hf_edit.units import find_units
 from tests.dist.reference import simulate
 
 FOLDER = Path(sys.argv[1])
@@ -188,6 +189,15 @@ def logs() -> dict[str, Any]:
     assert sorted(syncs) == [4, 8, 9]
     assert [e["step"] for e in history if "eval_loss" in e] == [0, 4, 8, 9]
     return {"keys": sorted(syncs[4]), "inner_steps": [syncs[s]["edit/inner_steps"] for s in sorted(syncs)]}
+
+
+def units_are_cut_alike() -> dict[str, Any]:
+    """The units' names and parameters; the test compares them between FSDP2 and DDP."""
+    found = {}
+    for tied in (False, True):
+        trainer = train(EDiTConfig(sync_interval=5), tied=tied, max_steps=1)
+        found[f"tied={tied}"] = {unit.name: unit.names for unit in find_units(trainer.model)}
+    return found
 
 
 def saved_models_load_anywhere() -> dict[str, Any]:

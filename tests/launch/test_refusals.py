@@ -24,7 +24,6 @@ PROMISED = {
     "tensor parallelism": ["tp_size=2", "Set tp_size to 1"],
     "batches from process 0": ["dispatch_batches=True", "Leave dispatch_batches unset"],
     "resume": ["resume_from_checkpoint=True", "cannot be resumed", "from_pretrained"],
-    "sharded checkpoints": ["SHARDED_STATE_DICT", "FULL_STATE_DICT"],
 }
 
 

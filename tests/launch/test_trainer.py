@@ -17,9 +17,14 @@ SCENARIOS = [
     "warmup_is_the_plain_trainer",
     "overlap_and_offload_change_no_bit",
     "logs",
+    "units_are_cut_alike",
     "saved_models_load_anywhere",
     "training_twice_and_called_in_between",
 ]
+UNITS = {
+    "tied=False": ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm+lm_head"],
+    "tied=True": ["model.embed_tokens+model.norm+lm_head", "model.layers.0", "model.layers.1"],
+}
 KEYS = {
     "edit/sync_seconds", "edit/exposed_seconds", "edit/wait_seconds", "edit/sync_bytes", "edit/inner_steps",
     "edit/pseudo_grad_norm", "edit/clipped_units", "edit/anomalous_replicas", "edit/rollbacks",
@@ -34,6 +39,7 @@ def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
     assert list(results) == SCENARIOS, output
     assert set(results["logs"]["keys"]) >= KEYS
     assert results["logs"]["inner_steps"] == [4, 4, 1]
+    assert {cut: list(units) for cut, units in results["units_are_cut_alike"].items()} == UNITS
     layout = {"cpu_2x2.yaml": "2 replicas x 2 shards", "cpu_4x1.yaml": "4 replicas x 1 shards"}[config]
     assert f"EDiT: {layout}." in output
     assert output.count("what falls between two syncs (evaluate) moves to the next sync") == 1

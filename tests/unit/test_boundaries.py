@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
 KEPT_TO: dict[str, set[str]] = {
     "accelerate": {"accelerate_hook", "trainer"},
     "transformers": {"trainer"},
-    "torch.distributed.fsdp": {"units"},
+    "torch.distributed.fsdp": {"units", "accelerate_hook"},
     "torch.nn.parallel": {"units"},
     "wandb": {"telemetry"},
 }

@@ -1,0 +1,122 @@
+"""The method once more, as a straight-line simulation in one process: full models, no process group, no hf_edit.
+
+Written from the method's description alone, to be compared number by number with the real thing.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def simulate(
+    make_net: Callable[[], nn.Module],
+    unit_of: Callable[[str], str],
+    losses: Callable[[nn.Module, int, list[int]], Tensor],
+    make_optimizer: Callable[[Any], torch.optim.Optimizer],
+    *,
+    num_replicas: int,
+    replica_size: int,
+    steps: int,
+    tau: int,
+    warmup: int = 0,
+    outer_lr: float = 0.8,
+    outer_momentum: float = 0.85,
+    weighting: str = "norm",
+    temperature: float = 1.0,
+    clip: float | None = 10.0,
+    delta: float | None = 3.0,
+    alpha: float = 0.02,
+    ema_warmup: int = 10,
+    max_consecutive: int = 3,
+) -> dict[str, Tensor]:
+    """The parameters that all replicas hold at the end.
+
+    Args:
+        unit_of: the name of the unit that a parameter belongs to.
+        losses: the training loss of a network in a step, over the batches of the given ranks.
+    """
+    nets = [make_net() for _ in range(num_replicas)]
+    optimizers = [make_optimizer(net.parameters()) for net in nets]
+    units: dict[str, list[str]] = {}
+    for name, _ in nets[0].named_parameters():
+        units.setdefault(unit_of(name), []).append(name)
+    anchor: dict[str, Tensor] = {}
+    velocity: dict[str, Tensor] = {}
+    seen = {(unit, i): (0.0, 0.0, 0) for unit in units for i in range(num_replicas)}
+    streak = dict.fromkeys(seen, 0)
+
+    def take_anchor() -> None:
+        for name, param in nets[0].named_parameters():
+            anchor[name] = param.detach().clone()
+            velocity[name] = torch.zeros_like(param)
+
+    def outer_sync() -> None:
+        params = [dict(net.named_parameters()) for net in nets]
+        for unit, names in units.items():
+            deltas = [{n: anchor[n] - params[i][n].detach() for n in names} for i in range(num_replicas)]
+            norms = [math.sqrt(sum(float(d[n].double().square().sum()) for n in names)) for d in deltas]
+            good = []
+            for i, norm in enumerate(norms):
+                mean, variance, count = seen[unit, i]
+                z = (norm - mean) / math.sqrt(variance) if variance > 0 else 0.0
+                if not math.isfinite(norm):
+                    streak[unit, i] = 0
+                    continue
+                if delta is not None and count >= ema_warmup and z > delta:
+                    streak[unit, i] += 1
+                    if streak[unit, i] == max_consecutive:
+                        streak[unit, i], seen[unit, i] = 0, (0.0, 0.0, 0)
+                    continue
+                streak[unit, i] = 0
+                good.append(i)
+                a = max(alpha, 1 / (count + 1))
+                d = norm - mean
+                seen[unit, i] = (mean + a * d, (1 - a) * (variance + a * d * d), count + 1)
+            if good:
+                raw = [math.exp(-norms[i] / temperature) if weighting == "norm" else 1.0 for i in good]
+                mixed = {n: sum(w / sum(raw) * deltas[i][n] for w, i in zip(raw, good, strict=True)) for n in names}
+                size = math.sqrt(sum(float(mixed[n].double().square().sum()) for n in names))
+                beta = 1.0 if clip is None else min(1.0, clip / (size + 1e-6))
+                for n in names:
+                    g = beta * mixed[n]
+                    velocity[n] = outer_momentum * velocity[n] + g
+                    anchor[n] = anchor[n] - outer_lr * (g + outer_momentum * velocity[n])
+            with torch.no_grad():
+                for i in range(num_replicas):
+                    for n in names:
+                        params[i][n].copy_(anchor[n])
+
+    since = 0
+    for step in range(steps):
+        grads = []
+        for i, net in enumerate(nets):
+            loss = losses(net, step, [i * replica_size + s for s in range(replica_size)])
+            grads.append(torch.autograd.grad(loss, list(net.parameters())))
+        if step < warmup:
+            grads = [[sum(g) / num_replicas for g in zip(*grads, strict=True)]] * num_replicas
+        for net, optimizer, grad in zip(nets, optimizers, grads, strict=True):
+            for param, g in zip(net.parameters(), grad, strict=True):
+                param.grad = g.clone()
+            optimizer.step()
+        if step == warmup - 1 or (warmup == 0 and step == 0):
+            if warmup == 0:  # before the first step: the networks start equal
+                fresh = make_net()
+                for name, param in fresh.named_parameters():
+                    anchor[name] = param.detach().clone()
+                    velocity[name] = torch.zeros_like(param)
+            else:
+                take_anchor()
+        if step >= warmup:
+            since += 1
+            if since == tau:
+                outer_sync()
+                since = 0
+    if since:
+        outer_sync()
+    return {name: copy.deepcopy(param.detach()) for name, param in nets[0].named_parameters()}

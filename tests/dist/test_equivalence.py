@@ -1,0 +1,217 @@
+"""Layouts and options that must agree, compared number by number."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_edit.config import EDiTConfig
+from tests.dist.nets import UNITS, Net, Run, batch, make_optimizer, train
+from tests.dist.reference import simulate
+from tests.dist.threads import run_ranks
+
+FULL = EDiTConfig(sync_interval=3, warmup_steps=2, max_pseudo_grad_norm=0.05, ema_warmup_syncs=1, anomaly_threshold=0.5)
+PLAIN = dict(outer_momentum=0.0, weighting="uniform", anomaly_threshold=None, max_pseudo_grad_norm=None)
+
+
+def runs(num_replicas: int, replica_size: int, config: EDiTConfig, steps: int = 11, **options: Any) -> list[Run]:
+    world = num_replicas * replica_size
+    return run_ranks(world, lambda rank: train(rank, num_replicas, config, steps, **options))
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        if tolerance == 0.0:
+            assert torch.equal(one[name], other[name]), name
+        else:
+            distance = (one[name] - other[name]).norm() / other[name].norm()
+            assert distance <= tolerance, f"{name}: relative distance {distance:.2e}"
+
+
+def mean_loss(net: nn.Module, step: int, ranks: list[int]) -> Tensor:
+    pairs = [batch(step, rank) for rank in ranks]
+    return sum(nn.functional.mse_loss(net(x), y) for x, y in pairs) / len(pairs)
+
+
+def by_replica(layout: Any, step: int) -> int:
+    """All ranks of a replica see the same data, so replicas of any size learn the same."""
+    return layout.replica
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2), (4, 1), (1, 2)])
+def test_every_step_synced_is_sgd_on_the_mean_gradient(shape: tuple[int, int]) -> None:
+    config = EDiTConfig(sync_interval=1, outer_lr=1.0, **PLAIN)
+    world = shape[0] * shape[1]
+    net = Net()
+    optimizer = make_optimizer("sgd", net.parameters())
+    for step in range(5):
+        sum(nn.functional.mse_loss(net(x), y) / world for x, y in (batch(step, r) for r in range(world))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for run in runs(*shape, config, steps=5, optimizer="sgd"):
+        assert_same(run.params, dict(net.named_parameters()), 1e-5)
+
+
+@pytest.mark.parametrize("config", [FULL, EDiTConfig(sync_interval=4), EDiTConfig.preset("diloco", sync_interval=3)])
+def test_identical_data_is_one_replica(config: EDiTConfig) -> None:
+    def same_shard(layout: Any, step: int) -> int:
+        return layout.shard
+
+    two = runs(2, 2, config, data_rank=same_shard)
+    one = runs(1, 2, config, data_rank=same_shard)
+    assert_same(two[0].params, one[0].params, 1e-5)
+
+
+@pytest.mark.parametrize("config", [FULL, EDiTConfig(sync_interval=4, overlap="none")])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_one_two_and_four_shards_agree(config: EDiTConfig, optimizer: str) -> None:
+    ddp = runs(2, 1, config, optimizer=optimizer, data_rank=by_replica)[0].params
+    for size in (2, 4):
+        assert_same(runs(2, size, config, optimizer=optimizer, data_rank=by_replica)[0].params, ddp, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2), (3, 1)])
+def test_overlap_forward_and_none_agree_bit_for_bit(shape: tuple[int, int]) -> None:
+    forward = runs(*shape, FULL)
+    blocking = runs(*shape, dataclasses.replace(FULL, overlap="none"))
+    for one, other in zip(forward, blocking, strict=True):
+        assert_same(one.params, other.params)
+        assert one.losses == other.losses
+    assert len(forward[0].records) == len(blocking[0].records) == 3
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("outer", ["nesterov", "sgd", "callable"])
+def test_offload_changes_nothing(shape: tuple[int, int], outer: str) -> None:
+    optimizer = (lambda params: torch.optim.AdamW(params, lr=0.1)) if outer == "callable" else outer
+    config = dataclasses.replace(FULL, outer_optimizer=optimizer)
+    kept = runs(*shape, config)
+    offloaded = runs(*shape, dataclasses.replace(config, offload_outer_state=True))
+    assert_same(kept[0].params, offloaded[0].params)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_a_callable_outer_optimizer_is_torchs(nesterov: bool) -> None:
+    def outer(params: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.8, momentum=0.85, nesterov=nesterov)
+
+    named = dataclasses.replace(FULL, outer_optimizer="nesterov" if nesterov else "sgd")
+    own = runs(2, 2, named)
+    torchs = runs(2, 2, dataclasses.replace(FULL, outer_optimizer=outer))
+    assert_same(own[0].params, torchs[0].params)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+def test_accumulation_four_by_one_and_one_by_four_agree(shape: tuple[int, int]) -> None:
+    whole = runs(*shape, FULL)
+    pieces = runs(*shape, FULL, accumulation=4)
+    assert_same(whole[0].params, pieces[0].params, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (3, 1)])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(tau=4),
+        dict(tau=3, warmup=3, clip=0.03),
+        dict(tau=1, warmup=1, delta=0.02, ema_warmup=2, alpha=0.3, clip=None),
+        dict(tau=5, weighting="uniform", delta=None, clip=None, outer_lr=0.7, outer_momentum=0.9),
+    ],
+)
+def test_agrees_with_the_simulation(shape: tuple[int, int], optimizer: str, settings: dict[str, Any]) -> None:
+    steps = 11
+    expected = simulate(
+        Net,
+        lambda name: next(u for u in UNITS if any(name.startswith(part + ".") for part in u.split("+"))),
+        mean_loss,
+        lambda params: make_optimizer(optimizer, params),
+        num_replicas=shape[0], replica_size=shape[1], steps=steps, **settings,
+    )  # fmt: skip
+    names = dict(
+        tau="sync_interval", warmup="warmup_steps", clip="max_pseudo_grad_norm", delta="anomaly_threshold",
+        alpha="ema_alpha", ema_warmup="ema_warmup_syncs",
+    )  # fmt: skip
+    config = EDiTConfig(**{names.get(name, name): value for name, value in settings.items()})
+    ran = runs(*shape, config, steps, optimizer=optimizer)
+    for run in ran:
+        assert_same(run.params, expected, 1e-5)
+    if settings.get("delta") and optimizer == "sgd":
+        assert any(record.plan.anomalous.any() for record in ran[0].records), "the setting eliminates nobody"
+    if settings.get("clip") == 0.03:
+        assert any(record.clipped_units for record in ran[0].records), "the setting clips nothing"
+
+
+def test_all_replicas_hold_the_same_bits_after_every_sync() -> None:
+    bits: dict[int, list[list[Tensor]]] = {}
+
+    def keep(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:
+        if engine.replicas_equal:
+            parts = [part.clone() for unit in engine.units for part in unit.parts()]
+            bits.setdefault(engine.peers.layout.rank, []).append(parts)
+
+    config = dataclasses.replace(FULL, overlap="none")
+    runs(3, 2, config, before_step=keep)
+    assert len(bits) == 6
+    assert len(bits[0]) == 5, "before steps 0, 1 and 2 (warm-up), 5 and 8 (syncs)"
+    for shard in (0, 1):
+        for other in (2 + shard, 4 + shard):
+            for mine, theirs in zip(bits[shard], bits[other], strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_replicas_that_start_apart_take_replica_0() -> None:
+    apart = run_ranks(4, lambda rank: train(rank, 2, FULL, 5, seed=rank // 2))
+    together = run_ranks(4, lambda rank: train(rank, 2, FULL, 5, seed=0))
+    for one, other in zip(apart, together, strict=True):
+        assert_same(one.params, other.params)
+
+
+class Scalar(nn.Module):
+    """One parameter p and the loss |p - x|_1 summed, so SGD moves p by lr a step towards x."""
+
+    blocks = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([0.0]))
+
+
+def test_a_trajectory_done_on_paper() -> None:
+    """Two replicas, one parameter, tau = 1, outer Nesterov with lr 0.5 and momentum 0.5, uniform weights, no penalty.
+
+    Inner SGD with lr 1 on the losses p (gradient 1) and 3p (gradient 3), so each interval the pseudo-gradients are
+    1 and 3, their mean g = 2. A starts at 0, the velocity v at 0.
+
+        sync 1: v = 0.5 * 0   + 2 = 2    A = 0      - 0.5 (2 + 0.5 * 2)   = -1.5
+        sync 2: v = 0.5 * 2   + 2 = 3    A = -1.5   - 0.5 (2 + 0.5 * 3)   = -3.25
+        sync 3: v = 0.5 * 3   + 2 = 3.5  A = -3.25  - 0.5 (2 + 0.5 * 3.5) = -5.125
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    from hf_edit.engine import Engine
+    from hf_edit.groups import Layout, ProcessGroupPeers
+
+    config = EDiTConfig(
+        sync_interval=1, outer_lr=0.5, outer_momentum=0.5, weighting="uniform", anomaly_threshold=None,
+        max_pseudo_grad_norm=None, overlap="none",
+    )  # fmt: skip
+
+    def body(rank: int) -> list[float]:
+        model = DistributedDataParallel(Scalar())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        engine = Engine(model, optimizer, config, ProcessGroupPeers(Layout.split(2, 2, rank), 30.0))
+        seen = []
+        for _ in range(3):
+            model.module.p.grad = torch.tensor([1.0 if rank == 0 else 3.0])
+            optimizer.step()
+            engine.step()
+            seen.append(model.module.p.item())
+        return seen
+
+    assert run_ranks(2, body) == [[-1.5, -3.25, -5.125]] * 2

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hf_edit.config import EDiTConfig
+from hf_edit.engine import Engine
+from hf_edit.groups import Layout, ProcessGroupPeers, default_num_replicas
+from hf_edit.units import find_units
+from tests.dist.nets import UNITS, Net, shard, train
+from tests.dist.threads import run_ranks
+
+
+def test_ranks_are_laid_out_row_by_row() -> None:
+    layout = Layout.split(6, 2, rank=4)
+    assert (layout.num_replicas, layout.replica_size, layout.replica, layout.shard) == (2, 3, 1, 1)
+    assert layout.replica_ranks(1) == [3, 4, 5]
+    assert layout.sync_ranks(1) == [1, 4]
+    assert str(layout) == "2 replicas x 3 shards"
+
+
+@pytest.mark.parametrize(
+    ("world", "replicas", "text"),
+    [
+        (2, 4, "num_replicas=4, but only 2 process(es) take part: a replica needs at least one. Launch at least 4"),
+        (4, 3, "num_replicas=3 does not divide the 4 processes"),
+        (4, 3, "With 4 processes num_replicas can be one of [1, 2, 4]."),
+    ],
+)
+def test_impossible_layouts_are_refused(world: int, replicas: int, text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        Layout.split(world, replicas, rank=0)
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "fsdp", "given", "expected"),
+    [
+        (8, 8, True, 2, 2),  # Accelerate's dp_replicate_size
+        (8, 4, True, None, 2),  # one per node
+        (8, 4, False, None, 2),
+        (8, 8, True, None, 1),  # one node: one in all with FSDP
+        (8, 8, True, 1, 1),
+        (8, 8, False, None, 8),  # one per process without
+    ],
+)
+def test_default_number_of_replicas(
+    world: int, local: int, fsdp: bool, given: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    assert default_num_replicas(world, fsdp=fsdp, dp_replicate_size=given) == expected
+
+
+def test_the_three_calls_to_the_other_replicas() -> None:
+    def body(rank: int) -> tuple[Any, ...]:
+        peers = ProcessGroupPeers(Layout.split(6, 3, rank), 30.0)
+        table = peers.gather(torch.tensor([float(rank), 1.0]))()
+        one, two = torch.full((4,), float(rank)), torch.ones(2)
+        peers.all_reduce([one, two]).wait()
+        inside = peers.sum_in_replica(torch.tensor([float(rank)]))
+        return table.tolist(), one.tolist(), two.tolist(), inside.item(), peers.commit(1), peers.bytes_sent
+
+    results = run_ranks(6, body)
+    gathered = 2 * 8 // 2 * 2  # two fp32 scalars to two others
+    reduced = (16 + 8) * 2 * 2 // 3
+    for rank, result in enumerate(results):
+        shard_index, replica = rank % 2, rank // 2
+        assert result[0] == [[float(shard_index + 2 * i), 1.0] for i in range(3)]
+        assert result[1] == [float(3 * shard_index + 6)] * 4
+        assert result[2] == [3.0] * 2
+        assert result[3] == float(4 * replica + 1)
+        assert result[4] is True
+        assert result[5] == gathered + reduced
+
+
+@pytest.mark.parametrize(("replicas", "size"), [(2, 1), (1, 2), (2, 2)])
+def test_both_kinds_of_replica_are_cut_alike(replicas: int, size: int) -> None:
+    def body(rank: int) -> list[tuple[str, list[str]]]:
+        model = shard(Net(), Layout.split(replicas * size, replicas, rank))
+        return [(unit.name, unit.names) for unit in find_units(model)]
+
+    units = run_ranks(replicas * size, body)[0]
+    assert [name for name, _ in units] == UNITS
+    assert [name for _, names in units for name in names] == [name for name, _ in Net().named_parameters()]
+
+
+def test_frozen_parameters_are_in_no_unit_and_an_empty_unit_is_skipped() -> None:
+    def body(rank: int) -> list[tuple[str, list[str]]]:
+        net = Net()
+        net.embed.requires_grad_(False)
+        net.norm.requires_grad_(False)
+        return [(unit.name, unit.names) for unit in find_units(shard(net, Layout.split(2, 1, rank)))]
+
+    units = dict(run_ranks(2, body)[0])
+    assert list(units) == ["blocks.0", "blocks.1", "norm+head"]
+    assert units["norm+head"] == ["head.weight", "head.bias"]
+
+
+def test_nothing_to_train_is_refused() -> None:
+    net = Net()
+    net.requires_grad_(False)
+    with pytest.raises(ValueError, match="No parameter of the model requires gradients"):
+        find_units(net)
+
+
+def test_settings_that_differ_between_ranks_are_refused() -> None:
+    def body(rank: int) -> str:
+        config = EDiTConfig(sync_interval=4 + rank // 2)
+        with pytest.raises(ValueError, match="EDiTConfig differs between the ranks") as caught:
+            train(rank, 2, config, 1)
+        return str(caught.value)
+
+    for text in run_ranks(4, body):
+        assert "{'sync_interval': {0: 4, 1: 4, 2: 5, 3: 5}}" in text
+
+
+def test_models_that_differ_between_ranks_are_refused() -> None:
+    def body(rank: int) -> str:
+        layout = Layout.split(2, 2, rank)
+        model = Net(num_blocks=2)
+        if rank:
+            model.head.bias.requires_grad_(False)
+        with pytest.raises(ValueError, match="differ between the ranks: fingerprints by rank") as caught:
+            Engine(model, torch.optim.SGD(model.parameters()), EDiTConfig(), ProcessGroupPeers(layout, 30.0))
+        return str(caught.value)
+
+    assert len(run_ranks(2, body)) == 2
+
+
+def test_frozen_parameters_that_differ_between_replicas_are_refused() -> None:
+    def body(rank: int) -> str:
+        net = Net(seed=0)
+        net.embed.requires_grad_(False)
+        with torch.no_grad():
+            net.embed.bias += rank
+        layout = Layout.split(2, 2, rank)
+        with pytest.raises(RuntimeError, match=r"The frozen parameter embed\.bias differs between the replicas"):
+            Engine(net, torch.optim.SGD(net.parameters()), EDiTConfig(), ProcessGroupPeers(layout, 30.0))
+        return "refused"
+
+    assert run_ranks(2, body) == ["refused"] * 2
+
+
+class Counting:
+    """Counts the collectives of each process group that go through torch.distributed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, int]] = []
+        for name in ("all_reduce", "all_gather", "broadcast", "all_gather_object"):
+            monkeypatch.setattr(dist, name, self._wrap(name, getattr(dist, name)))
+
+    def _wrap(self, name: str, original: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if dist.get_rank() == 0:
+                self.calls.append((name, id(kwargs.get("group"))))
+            return original(*args, **kwargs)
+
+        return counted
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+def test_inner_steps_call_no_other_replica_and_a_sync_calls_once_a_unit(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting(monkeypatch)
+    marks: list[list[str]] = []
+
+    def before_step(step: int, engine: Any, model: Any, optimizer: Any) -> None:
+        if engine.peers.layout.rank == 0:
+            group = id(engine.peers.sync_group)
+            marks.append([name for name, used in counting.calls if used == group])
+            counting.calls.clear()
+
+    config = EDiTConfig(sync_interval=3, overlap="none")
+    run_ranks(shape[0] * shape[1], lambda rank: train(rank, shape[0], config, 8, before_step=before_step))
+    sync = ["all_gather"] + ["all_reduce"] * len(UNITS)
+    assert marks == [["all_gather"], [], [], sync, [], [], sync, []]
