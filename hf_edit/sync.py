@@ -201,8 +201,7 @@ class OuterSync:
             return
         with self._exposed:
             self._apply(index)
-            if self._running is not None and self.units[index].is_sharded:
-                self.units[index].start_gathering()
+            self.units[index].start_gathering()
 
     @torch.no_grad()
     def _apply(self, index: int) -> None:

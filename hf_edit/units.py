@@ -34,10 +34,6 @@ class Unit:
         """This rank's part of each parameter, sharing the parameter's memory."""
         return [local_part(param) for param in self.params]
 
-    @property
-    def is_sharded(self) -> bool:
-        return any(isinstance(module, FSDPModule) for module in self.modules)
-
     def reshard(self) -> None:
         """Drops gathered copies, which a forward pass without backward may have left; the next use gathers anew."""
         for module in self.modules:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
 from hf_edit.groups import Layout, ProcessGroupPeers, default_num_replicas
-from hf_edit.units import find_units
+from hf_edit.units import Unit, find_units
 from tests.dist.nets import UNITS, Net, shard, train
 from tests.dist.threads import run_ranks
 
@@ -178,3 +178,19 @@ def test_inner_steps_call_no_other_replica_and_a_sync_calls_once_a_unit(
     run_ranks(shape[0] * shape[1], lambda rank: train(rank, shape[0], config, 8, before_step=before_step))
     sync = ["all_gather"] + ["all_reduce"] * len(UNITS)
     assert marks == [["all_gather"], [], [], sync, [], [], sync, []]
+
+
+def test_every_unit_is_gathered_in_order_with_its_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the forward pass each unit's all-gather is issued by the sync itself, the last one's too."""
+    gathered: list[str] = []
+    original = Unit.start_gathering
+
+    def counted(unit: Unit) -> None:
+        if dist.get_rank() == 0:
+            gathered.append(unit.name)
+        original(unit)
+
+    monkeypatch.setattr(Unit, "start_gathering", counted)
+    config = EDiTConfig(sync_interval=2)
+    run_ranks(4, lambda rank: train(rank, 2, config, 5))
+    assert gathered == UNITS * 2
