@@ -16,8 +16,10 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from hf_edit import EDiTConfig, EDiTTrainer
@@ -60,12 +62,14 @@ def make_args(**settings: Any) -> TrainingArguments:
 
 
 def train(
-    config: EDiTConfig, tied: bool = False, ragged: bool = False, trainer: Any = EDiTTrainer, **settings: Any
-) -> Any:
+    config: EDiTConfig, tied: bool = False, ragged: bool = False, rows: Any = None, trainer: Any = EDiTTrainer,
+    collator: Any = None, **settings: Any,
+) -> Any:  # fmt: skip
     """A finished trainer; it must have had the launch's layout."""
     args = make_args(**settings)
+    rows = rows or make_rows(ragged=ragged)
     trainer = trainer(
-        model=make_model(tied), args=args, train_dataset=make_rows(ragged=ragged), eval_dataset=make_rows(8),
+        model=make_model(tied), args=args, train_dataset=rows, eval_dataset=make_rows(8), data_collator=collator,
         edit_config=config,
     )  # fmt: skip
     trainer.train()
@@ -147,6 +151,40 @@ def tokens_are_averaged_over_the_replica() -> dict[str, Any]:
     settings = dict(optim="sgd", learning_rate=0.5, gradient_accumulation_steps=2)
     trainer = train(EDiTConfig(sync_interval=2), ragged=True, **settings)
     return compare(trainer, steps=9, tau=2, sgd=True, ragged=True, accumulation=2)
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(make_rows())
+
+
+def a_stream_is_read_by_every_process_itself() -> dict[str, Any]:
+    """Accelerate would let process 0 read it and send the batches to everybody, in every step."""
+    trainer = train(EDiTConfig(sync_interval=4), rows=Stream())
+    assert not isinstance(trainer.callback_handler.train_dataloader, DataLoaderDispatcher)
+    return compare(trainer, steps=9, tau=4)
+
+
+def an_unseeded_sampler_is_made_equal_once() -> dict[str, Any]:
+    """Accelerate would broadcast the sampler's generator in every epoch; every epoch must see every row once."""
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+    rows, seen = make_rows(num_rows=4 * world), []
+    numbered = [{**row, "number": torch.tensor(number)} for number, row in enumerate(rows)]
+
+    def collator(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        seen.extend(int(row["number"]) for row in batch)
+        return {key: torch.stack([row[key] for row in batch]) for key in ("input_ids", "labels")}
+
+    settings = dict(train_sampling_strategy="random", num_train_epochs=3, max_steps=-1, remove_unused_columns=False)
+    unseeded = {"use_seedable_sampler": False}
+    train(EDiTConfig(sync_interval=4), rows=numbered, collator=collator, accelerator_config=unseeded, **settings)
+    everyone: list[list[int]] = [[] for _ in range(world)]
+    dist.all_gather_object(everyone, seen)
+    for epoch in range(3):
+        numbers = [n for numbers in everyone for n in numbers[4 * epoch : 4 * epoch + 4]]
+        assert sorted(numbers) == list(range(4 * world)), f"epoch {epoch}: {sorted(numbers)}"
+    assert everyone[0][:4] != everyone[0][4:8], "the sampler does not shuffle"
+    return {}
 
 
 def warmup_is_the_plain_trainer() -> dict[str, Any]:
