@@ -49,6 +49,8 @@ EOS = "<|endoftext|>"
 class ScriptArguments:
     """What to train, and on what."""
 
+    _argument_group_name = "Model and data"
+
     dataset: str | None = field(default=None, metadata={"help": "Name of a dataset on the Hub."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of --dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of --dataset."})

@@ -53,6 +53,8 @@ class EDiTConfig:
             and the way out.
     """
 
+    _argument_group_name = "EDiT"  # HfArgumentParser's heading in --help
+
     num_replicas: int | None = _knob(
         None,
         "Number of replicas R. Unset: Accelerate's dp_replicate_size if given; else one per node; on a single node "
