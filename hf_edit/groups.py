@@ -238,7 +238,7 @@ class _Blame:
         raise RuntimeError(
             f"Outer sync {self._peers._arrivals} failed on replica {self._peers.replica} after {waited:.1f} s: {who}. "
             f"The limit is sync_timeout_seconds={self._peers.timeout.total_seconds():g}. "
-            f"Resume from the last checkpoint once all hosts are back. Cause: {error}"
+            f"Start again from the last saved model once all hosts are back. Cause: {error}"
         ) from error
 
 

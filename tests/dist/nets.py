@@ -119,6 +119,7 @@ def train(
     before_step: Any = None,
     seed: int = 0,
     net: Any = None,
+    timeout_seconds: float = 30.0,
 ) -> Run:
     """Trains on this rank as the Trainer does, and ends with equal replicas.
 
@@ -129,7 +130,7 @@ def train(
     layout = Layout.split(dist.get_world_size(), num_replicas, rank)
     model = shard(net() if net else Net(seed=seed), layout)
     inner = make_optimizer(optimizer, model.parameters())
-    engine = Engine(model, inner, config, ProcessGroupPeers(layout, 30.0))
+    engine = Engine(model, inner, config, ProcessGroupPeers(layout, timeout_seconds))
     run = Run({}, engine=engine)
     for step in range(steps):
         if before_step is not None:

@@ -10,7 +10,6 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_edit import EDiTConfig
-from tests.unit.readme_table import rows
 
 DESIGN = dict(
     num_replicas=None, sync_interval=128, sync_seconds=None, warmup_steps=0, outer_optimizer="nesterov", outer_lr=0.8,
@@ -138,11 +137,6 @@ def test_bad_sources_are_refused(tmp_path: Path) -> None:
 def test_to_dict_takes_json() -> None:
     config = EDiTConfig(outer_optimizer=test_presets)  # type: ignore[arg-type]
     assert json.loads(json.dumps(config.to_dict()))["outer_optimizer"] == "test_presets"
-
-
-def test_the_readme_lists_every_setting_with_its_default_and_help() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
-    assert [row for row in rows() if row not in readme] == []
 
 
 def test_the_config_module_loads_nothing_heavy() -> None:
