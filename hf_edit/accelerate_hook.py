@@ -58,17 +58,9 @@ def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
     if args.world_size == 1:
         return Layout.split(1, config.num_replicas or 1, 0)
     _refuse_unsupported(args, model)
-    given = args.parallelism_config
-    if given is None and _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        given = ParallelismConfig()
-    for axis in ("tp", "cp", "sp"):
-        if given is not None and getattr(given, f"{axis}_size") > 1:
-            raise ValueError(
-                f"{axis}_size={getattr(given, f'{axis}_size')}: EDiT shards a replica with FSDP2 (dp_shard) alone. "
-                f"Set {axis}_size to 1."
-            )
+    given = _given_replicas(args, check=config.num_replicas is None)
     num_replicas = config.num_replicas or default_num_replicas(
-        args.world_size, fsdp=wants_fsdp(args), dp_replicate_size=given.dp_replicate_size if given else None
+        args.world_size, fsdp=wants_fsdp(args), dp_replicate_size=given
     )
     layout = Layout.split(args.world_size, num_replicas, args.process_index)
     if layout.num_replicas > 1 and layout.replica_size > 1 and not wants_fsdp(args):
@@ -78,6 +70,27 @@ def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
             f"fsdp_version: 2), or set num_replicas={args.world_size} for replicas of one rank."
         )
     return layout
+
+
+def _given_replicas(args: Any, check: bool) -> int | None:
+    """Accelerate's `dp_replicate_size`, from TrainingArguments or its config file; refuses what does not fit."""
+    given = args.parallelism_config
+    if given is None and _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        given = ParallelismConfig()
+    if given is None:
+        return None
+    for axis in ("tp", "cp", "sp"):
+        if (size := getattr(given, f"{axis}_size")) > 1:
+            raise ValueError(
+                f"{axis}_size={size}: EDiT shards a replica with FSDP2 (dp_shard) alone. Set {axis}_size to 1."
+            )
+    replicas, shards = given.dp_replicate_size, given.dp_shard_size
+    if check and shards > 1 and replicas * shards != args.world_size:
+        raise ValueError(
+            f"dp_replicate_size={replicas} times dp_shard_size={shards} is not the {args.world_size} processes of this "
+            f"launch. Make their product {args.world_size}."
+        )
+    return replicas
 
 
 def wants_fsdp(args: Any) -> bool:

@@ -98,6 +98,7 @@ class Engine:
         was_warming_up = self.schedule.warming_up
         due = self.schedule.advance()
         if was_warming_up and not self.schedule.warming_up:
+            _make_replicas_equal(self._model, self.peers)  # machines of different kinds may round differently
             self._end_warmup()
         if due:
             self._begin()
@@ -175,7 +176,7 @@ def _make_replicas_equal(model: nn.Module, peers: ProcessGroupPeers) -> None:
             )
         peers.broadcast(local_part(tensor))
     logger.warning(
-        "The replicas started from different values of %d tensors (%s, ...); all took those of replica 0.",
+        "The replicas held different values of %d tensors (%s, ...); all took those of replica 0.",
         len(names), names[0],
     )  # fmt: skip
 

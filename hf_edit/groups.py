@@ -170,9 +170,9 @@ class ProcessGroupPeers:
 
     def average(self, tensor: Tensor) -> None:
         """The mean of `tensor` over the replicas, in place."""
+        tensor.div_(self.num_replicas)  # first, so that the sum of fp16 gradients cannot overflow
         with self._blame():
             dist.all_reduce(tensor, group=self.sync_group)
-        tensor.div_(self.num_replicas)
 
     def sum_in_replica(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over this replica's ranks, in place; no other replica takes part."""

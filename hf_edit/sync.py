@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_edit.config import EDiTConfig
 from hf_edit.groups import Peers, Pending
+from hf_edit.measure import HostCopy, Stopwatch
 from hf_edit.outer import OuterRule, OuterState, apply_outer_step, new_state
 from hf_edit.penalty import (
     DetectorState,
@@ -133,7 +134,7 @@ class OuterSync:
         self._device = self.units[0].parts()[0].device
         self._running: _Running | None = None
         self._hooks: list[RemovableHandle] = []
-        self._exposed = _Stopwatch(self._device, clock)
+        self._exposed = Stopwatch(self._device, clock)
         self._last_end = clock()
         self._finished: list[Callable[[], SyncRecord]] = []
 
@@ -298,7 +299,7 @@ class OuterSync:
         if not run.factors and run.square_norms:
             squares = self._sum_in_replica(squares)
         clipped = torch.stack(list(run.factors.values())).lt(1.0).sum() if run.factors else torch.zeros(())
-        outcome = _HostCopy(torch.stack([squares.sum().double(), clipped.to(squares.device).double()]))
+        outcome = HostCopy(torch.stack([squares.sum().double(), clipped.to(squares.device).double()]))
         exposed = self._exposed.lap()
         interval_seconds, self._last_end = now - self._last_end, now
         sync, sync_bytes = self.sync_count, self.peers.bytes_sent - run.bytes_before
@@ -319,62 +320,3 @@ class OuterSync:
             )
 
         self._finished.append(record)
-
-
-class _HostCopy:
-    """A small device tensor on its way to the host; `read` waits for nothing that comes after it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event = None
-        self._values = tensor
-        if tensor.device.type == "cuda":
-            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._values.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def read(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._values.tolist()
-
-
-class _Stopwatch:
-    """Adds up the time that training spends in its `with` blocks: of the host, or on CUDA of the current stream."""
-
-    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
-        self._cuda = device.type == "cuda"
-        self._clock = clock
-        self._marks: list[tuple[Any, Any]] = []
-        self._depth = 0
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return self._clock()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> None:
-        self._started = self._now()
-        self._depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        self._marks.append((self._started, self._now()))
-
-    def lap(self) -> Callable[[], float]:
-        """Seconds since the last lap, to be asked for later; called inside a block, up to now."""
-        marks, self._marks = self._marks, []
-        if self._depth:
-            marks.append((self._started, self._now()))
-            self._started = marks[-1][1]
-
-        def seconds() -> float:
-            if not self._cuda:
-                return sum(end - start for start, end in marks)
-            if marks:
-                marks[-1][1].synchronize()
-            return sum(start.elapsed_time(end) for start, end in marks) / 1000.0
-
-        return seconds

@@ -8,15 +8,16 @@ import re
 from typing import Any
 
 import pytest
+from accelerate import ParallelismConfig
 
 from tests.launch.scenarios import EDiTConfig, EDiTTrainer, compare, dist, make_args, make_model, make_rows, train
 
 FSDP = dict(fsdp=True, fsdp_config={"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
 
 
-def make(**settings: Any) -> EDiTTrainer:
+def make(edit_config: Any = {"num_replicas": 2}, **settings: Any) -> EDiTTrainer:  # noqa: B006
     args = make_args(**settings)
-    return EDiTTrainer(model=make_model(), args=args, eval_dataset=make_rows(4), edit_config={"num_replicas": 2})
+    return EDiTTrainer(model=make_model(), args=args, eval_dataset=make_rows(4), edit_config=edit_config)
 
 
 def refused(kind: type[Exception], body: Any, text: str) -> None:
@@ -38,6 +39,9 @@ if __name__ == "__main__":
     ):
         config = {**FSDP["fsdp_config"], key: value}
         refused(ValueError, lambda config=config: make(fsdp=True, fsdp_config=config), text)
+    odd = ParallelismConfig(dp_replicate_size=2, dp_shard_size=4)
+    text = "dp_replicate_size=2 times dp_shard_size=4 is not the 4 processes"
+    refused(ValueError, lambda: make(edit_config={}, parallelism_config=odd, **FSDP), text)
     untrained = make(**FSDP)
     refused(RuntimeError, untrained.evaluate, "evaluate() before train()")
     dist.barrier()

@@ -20,9 +20,9 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_edit import EDiTConfig, EDiTTrainer
+from hf_edit import EDiTConfig, EDiTMixin, EDiTTrainer
 from hf_edit.units import find_units
 from tests.dist.reference import simulate
 
@@ -151,6 +151,28 @@ def tokens_are_averaged_over_the_replica() -> dict[str, Any]:
     settings = dict(optim="sgd", learning_rate=0.5, gradient_accumulation_steps=2)
     trainer = train(EDiTConfig(sync_interval=2), ragged=True, **settings)
     return compare(trainer, steps=9, tau=2, sgd=True, ragged=True, accumulation=2)
+
+
+class OwnLoss(Trainer):
+    """A user's Trainer, whose loss is scaled as transformers' documentation says."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
+        nats = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        return nats / num_items_in_batch * self.accelerator.num_processes
+
+
+class EDiTOwnLoss(EDiTMixin, OwnLoss):
+    pass
+
+
+def a_users_trainer_keeps_its_loss_and_its_scale() -> dict[str, Any]:
+    settings = dict(optim="sgd", learning_rate=0.5)
+    trainer = train(EDiTConfig(sync_interval=2), ragged=True, trainer=EDiTOwnLoss, **settings)
+    return compare(trainer, steps=9, tau=2, sgd=True, ragged=True)
 
 
 class Stream(IterableDataset):

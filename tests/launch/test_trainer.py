@@ -14,6 +14,7 @@ SCENARIOS = [
     "simulation_adamw",
     "simulation_sgd_accumulating",
     "tokens_are_averaged_over_the_replica",
+    "a_users_trainer_keeps_its_loss_and_its_scale",
     "a_stream_is_read_by_every_process_itself",
     "an_unseeded_sampler_is_made_equal_once",
     "warmup_is_the_plain_trainer",
