@@ -137,9 +137,9 @@ class ProcessGroupPeers:
 
     def gather(self, vector: Tensor) -> Callable[[], Tensor]:
         self._arrivals += 1
-        self._announce()
         rows = [torch.empty_like(vector) for _ in range(self.num_replicas)]
         with self._blame():
+            self._announce()
             work = dist.all_gather(rows, vector, group=self.sync_group, async_op=True)
         self.bytes_sent += vector.nbytes * (self.num_replicas - 1)
 
@@ -234,9 +234,9 @@ class _Blame:
         except RuntimeError:
             who = "the process that keeps the rendezvous (rank 0) cannot be reached either"
         else:
-            who = f"replicas {missing} did not come to it" if missing else "all replicas had come to it"
+            who = f"replicas {missing} did not come to it" if missing else "which one broke it off is not known"
         raise RuntimeError(
-            f"Outer sync {self._peers._arrivals} failed on replica {self._peers.replica} after {waited:.1f} s: {who}. "
+            f"An exchange between the replicas failed on replica {self._peers.replica} after {waited:.1f} s: {who}. "
             f"The limit is sync_timeout_seconds={self._peers.timeout.total_seconds():g}. "
             f"Start again from the last saved model once all hosts are back. Cause: {error}"
         ) from error
@@ -282,7 +282,7 @@ def _arrival_key(rank: int) -> str:
 
 def _default_store() -> Any:
     # Private in torch 2.13: the rendezvous store is the only channel left when a group is dead, and torch has no
-    # public way to it. tests/dist/test_groups.py fails when it moves.
+    # public way to it. tests/dist/test_faults.py fails when it moves.
     try:
         return dist.distributed_c10d._get_default_store()
     except (ValueError, AssertionError):
