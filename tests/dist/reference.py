@@ -34,6 +34,7 @@ def simulate(
     alpha: float = 0.02,
     ema_warmup: int = 10,
     max_consecutive: int = 3,
+    max_grad_norm: float | None = None,
 ) -> dict[str, Tensor]:
     """The parameters that all replicas hold at the end.
 
@@ -103,6 +104,8 @@ def simulate(
         for net, optimizer, grad in zip(nets, optimizers, grads, strict=True):
             for param, g in zip(net.parameters(), grad, strict=True):
                 param.grad = g.clone()
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(net.parameters(), max_grad_norm)
             optimizer.step()
         if step == warmup - 1 or (warmup == 0 and step == 0):
             if warmup == 0:  # before the first step: the networks start equal

@@ -140,6 +140,15 @@ def simulation_adamw() -> dict[str, Any]:
     return compare(trainer, steps=9, tau=3, warmup=2, clip=0.3)
 
 
+def gradients_are_clipped_in_the_replica() -> dict[str, Any]:
+    """The Trainer's max_grad_norm, of the replica's own gradient; in the warm-up of the averaged one."""
+    settings = dict(optim="sgd", learning_rate=0.5, max_grad_norm=0.4)
+    trainer = train(EDiTConfig(sync_interval=3, warmup_steps=2), **settings)
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert min(norms) > 0.4, f"nothing was clipped: {norms}"
+    return compare(trainer, steps=9, tau=3, warmup=2, sgd=True, max_grad_norm=0.4)
+
+
 def simulation_sgd_accumulating() -> dict[str, Any]:
     config = EDiTConfig(sync_interval=2, overlap="none")
     settings = dict(optim="sgd", learning_rate=0.5, gradient_accumulation_steps=2)

@@ -12,6 +12,7 @@ from tests.launch.launching import CONFIGS, accelerate_launch, torchrun
 SCRIPT = Path(__file__).with_name("scenarios.py")
 SCENARIOS = [
     "simulation_adamw",
+    "gradients_are_clipped_in_the_replica",
     "simulation_sgd_accumulating",
     "tokens_are_averaged_over_the_replica",
     "a_users_trainer_keeps_its_loss_and_its_scale",
