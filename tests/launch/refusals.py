@@ -92,6 +92,7 @@ def main() -> None:
     assert dist.get_world_size() == 2
     if dist.get_rank() == 0:
         (Path(FOLDER) / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    dist.destroy_process_group()  # nothing was trained, so nobody else does it
 
 
 if __name__ == "__main__":
