@@ -75,6 +75,7 @@ def train(
     trainer.train()
     assert dist.get_world_size() == int(os.environ["WORLD_SIZE"]) == trainer.accelerator.num_processes
     assert trainer.edit_layout.num_replicas > 1
+    assert trainer._engine is None, "the Trainer's end of training has moved"
     sharded = isinstance(trainer.model, FSDPModule)
     assert sharded == (trainer.edit_layout.replica_size > 1), trainer.accelerator.distributed_type
     return trainer
