@@ -13,6 +13,11 @@ from typing import Any
 
 from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from hf_edit.config import EDiTConfig
@@ -122,16 +127,36 @@ def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout) -
 
 
 def _refuse_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
-    if "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
-        raise ValueError(
-            "fsdp_state_dict_type: SHARDED_STATE_DICT: every replica would write the same names, and the Trainer's "
-            "checkpoint would mix their optimizer states. Set it to FULL_STATE_DICT."
-        )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError(
             "FSDP's cpu_offload keeps the parameters in host memory, where replicas cannot sync them. Turn it off; "
             "offload_outer_state=True moves EDiT's own state there."
         )
+
+
+def saves_sharded(accelerator: Accelerator) -> bool:
+    """True if the user chose fsdp_state_dict_type SHARDED_STATE_DICT."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and "SHARDED_STATE_DICT" in str(plugin.state_dict_type)
+
+
+def save_sharded(model: nn.Module, optimizer: Any, output_dir: str, group: Any) -> None:
+    """As accelerate.utils.save_fsdp_model and save_fsdp_optimizer (1.15) write shards, but by one replica's `group`.
+
+    Accelerate's `load_fsdp_model` and `load_fsdp_optimizer` read it.
+    """
+    adapters = StateDictOptions(ignore_frozen_params=hasattr(model, "peft_config"))  # alone, as Accelerate does
+    parts = {
+        f"{FSDP_MODEL_NAME}_0": {"model": get_model_state_dict(model, options=adapters)},
+        f"{OPTIMIZER_NAME}_0": {"optimizer": get_optimizer_state_dict(model, optimizer)},
+    }
+    for name, state in parts.items():
+        save(state, storage_writer=FileSystemWriter(os.path.join(output_dir, name)), process_group=group)
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The whole model in host memory on rank 0, empty on the others."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def check_accelerator(accelerator: Accelerator, layout: Layout) -> None:

@@ -6,27 +6,28 @@ Ties schedule, units, groups and sync together. The Trainer drives it with four 
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import hf_edit.checkpoint as checkpoint
 from hf_edit.config import EDiTConfig
+from hf_edit.equality import Buffers, check_agreement, make_replicas_equal
 from hf_edit.groups import ProcessGroupPeers
+from hf_edit.manifest import Manifest, trained_parameters
+from hf_edit.records import SyncRecord
 from hf_edit.schedule import SyncSchedule
-from hf_edit.sync import OuterSync, SyncRecord
-from hf_edit.units import find_units, keep_gradients_local, local_part, start_averaging_gradients, unwrap
-
-logger = logging.getLogger(__name__)
+from hf_edit.sync import OuterSync
+from hf_edit.units import find_units, is_compiled, keep_gradients_local, release, start_averaging_gradients
 
 # What every rank counts between two syncs over its own micro-batches, so that the sum over the replica's ranks is the
 # replica's: training loss, tokens (for the throughput), tokens as the Trainer counts them, floating point operations.
 TALLIES = ("loss", "tokens", "input_tokens", "flos")
+WISHES = ("evaluate", "save", "stop", "epoch_stop")  # needing equal replicas, and the same decision on every rank
 
 
 class Engine:
@@ -37,6 +38,7 @@ class Engine:
         optimizer: the inner optimizer.
         config: the method's settings, equal on all ranks.
         peers: this rank's groups.
+        first_step: optimizer steps that were taken before, which count for the warm-up.
         on_begin: called when a sync begins and takes the tallies with it.
         clock: monotonic seconds.
 
@@ -51,19 +53,26 @@ class Engine:
         optimizer: Any,
         config: EDiTConfig,
         peers: ProcessGroupPeers,
+        *,
+        first_step: int = 0,
         on_begin: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.peers = peers
         self._model = model
+        self._optimizer = optimizer
         self._on_begin = on_begin
-        _check_agreement(model, config)
+        check_agreement(model, config)
         self.units = find_units(model)
         self.schedule = SyncSchedule(config.sync_interval, config.sync_seconds, config.warmup_steps, clock)
+        self.schedule.step = first_step
         self.sync = OuterSync(self.units, peers, peers.sum_in_replica, config, optimizer)
-        self._tallies: dict[str, Any] = dict.fromkeys(TALLIES, 0.0)
-        _make_replicas_equal(model, peers)
+        self.tallies: dict[str, Any] = dict.fromkeys(TALLIES, 0.0)
+        # Hooks that come and go would have a compiled model traced anew for every sync.
+        self._in_forward = config.overlap != "none" and not is_compiled(model)
+        make_replicas_equal(model, peers)
+        self._buffers = Buffers(model, peers)
         if self.schedule.warming_up:
             start_averaging_gradients(model, peers.average)
         else:
@@ -72,7 +81,7 @@ class Engine:
     def _end_warmup(self) -> None:
         keep_gradients_local(self._model)
         self.sync.take_anchors()
-        self._tallies.update(loss=0.0, tokens=0.0)  # of the interval that begins; the others are totals
+        self.tallies.update(loss=0.0, tokens=0.0)  # of the interval that begins; the others are totals
 
     @property
     def warming_up(self) -> bool:
@@ -87,108 +96,118 @@ class Engine:
     def tally(self, **amounts: Tensor | float) -> None:
         """Adds to this rank's counts since the last sync (see `TALLIES`); a sync sums each over the replica's ranks."""
         for name, amount in amounts.items():
-            self._tallies[name] = self._tallies[name] + amount
+            self.tallies[name] = self.tallies[name] + amount
 
     def before_optimizer_step(self) -> None:
         """Ends a sync whose units were not all used by the forward pass."""
         self.sync.finish()
 
-    def step(self) -> None:
-        """One optimizer step was taken: begins the sync if it is due."""
+    def step(self, wishes: Collection[str] = ()) -> set[str] | None:
+        """One optimizer step was taken: begins the sync if it is due.
+
+        Args:
+            wishes: what this rank wants done on equal replicas; any of `WISHES`.
+
+        Returns:
+            What any rank wanted, the same on all of them, if a sync has begun; else None.
+        """
         was_warming_up = self.schedule.warming_up
         due = self.schedule.advance()
         if was_warming_up and not self.schedule.warming_up:
-            _make_replicas_equal(self._model, self.peers)  # machines of different kinds may round differently
+            make_replicas_equal(self._model, self.peers)  # machines of different kinds may round differently
             self._end_warmup()
-        if due:
-            self._begin()
-            if self.config.overlap == "none":
-                self.sync.finish()
-            else:
-                self.sync.apply_in_forward()
-
-    def flush(self) -> None:
-        """Makes the replicas equal: ends a sync under way, and syncs what was learnt since the last one."""
-        self.sync.finish()
-        if self.schedule.inner_steps:
-            self._begin()
+        if not due:
+            return None
+        agreed = self._begin(wishes)
+        if self._in_forward:
+            self.sync.apply_in_forward()
+        else:
             self.sync.finish()
+        return agreed
+
+    def flush(self, wishes: Collection[str] = ()) -> set[str] | None:
+        """Makes the replicas equal: ends a sync under way, and syncs what was learnt since the last one.
+
+        Arguments and result are those of `step`; None if there was nothing to sync.
+        """
+        self.sync.finish()
+        if not self.schedule.inner_steps:
+            return None
+        agreed = self._begin(wishes)
+        self.sync.finish()
+        return agreed
+
+    def agree(self, wishes: Collection[str]) -> set[str]:
+        """What any rank wants, the same on all of them; all replicas call it at the same step."""
+        everyone: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, set(wishes))
+        return set().union(*everyone)
+
+    def close(self) -> None:
+        """Training has ended: DDP is left as it was found."""
+        release(self._model)
 
     def abandon(self) -> None:
         """Forgets a sync under way; for a training that was broken off."""
         self.sync.abandon()
 
-    def _begin(self) -> None:
+    def _begin(self, wishes: Collection[str]) -> set[str]:
         # Inner steps are equal on all ranks of a replica, and what is gathered is the sum over them.
         inner_steps = self.schedule.inner_steps / self.peers.layout.replica_size
-        self.sync.begin({**self._tallies, "inner_steps": inner_steps})
-        self._tallies = dict.fromkeys(TALLIES, 0.0)
-        self.schedule.restart()
+        asked = {name: float(name in wishes) for name in WISHES}
+        self.sync.begin({**self.tallies, **asked, "buffers": self._buffers.changed(), "inner_steps": inner_steps})
+        self.tallies = dict.fromkeys(TALLIES, 0.0)
         if self._on_begin is not None:
             self._on_begin()
+        # The next forward pass cannot begin without the plan, so nothing is lost by waiting for it here.
+        shared = self.sync.decide().tallies
+        self.schedule.restart()
+        if float(shared["buffers"].sum()) > 0:
+            self._buffers.follow_first_replica()
+        return {name for name in WISHES if float(shared[name].sum()) > 0}
 
     def take_records(self) -> list[SyncRecord]:
         """The records of the syncs that ended since the last call."""
         return self.sync.take_records()
 
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
-def _check_agreement(model: nn.Module, config: EDiTConfig) -> None:
-    """All ranks must have the same configuration and a model of the same shape."""
-    shapes = [(name, tuple(p.shape), p.requires_grad) for name, p in unwrap(model).named_parameters()]
-    mine = {**config.to_dict(), "model": hashlib.sha256(repr(shapes).encode()).hexdigest()}
-    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    differing = {
-        name: {rank: other[name] for rank, other in enumerate(everyone)}
-        for name in mine
-        if any(other[name] != everyone[0][name] for other in everyone)
-    }
-    if "model" in differing:
-        raise ValueError(
-            "The model's parameters (names, shapes, or which of them are trained) differ between the ranks: "
-            f"fingerprints by rank {differing['model']}. Build the same model on every rank."
+    def save(self, folder: Path, host: dict[str, Any], *, write_outer: bool) -> None:
+        """Writes this rank's part of `folder`/edit, which `manifest.start` has made; the replicas must be equal.
+
+        Args:
+            host: what this rank keeps beside (numbers, strings, lists, dicts, tensors); "rank" is its own alone.
+            write_outer: True on the ranks of the replica that writes what all have in common.
+        """
+        if not self.replicas_equal:
+            raise RuntimeError("A checkpoint is of equal replicas; call flush() first.")
+        group = self.peers.replica_group
+        if write_outer:
+            checkpoint.save_outer(folder, self._model, self.sync, group)
+        host["rank"]["tallies"] = {name: float(value) for name, value in self.tallies.items()}
+        checkpoint.save_inner(folder, self.peers.layout, self._model, self._optimizer, host, group)
+
+    def manifest(self, step: int) -> Manifest:
+        """What this run is, for its checkpoint of the training's step `step`."""
+        return Manifest(
+            step=step,
+            num_replicas=self.peers.num_replicas,
+            replica_size=self.peers.layout.replica_size,
+            sync_count=self.sync.sync_count,
+            schedule_step=self.schedule.step,
+            units=[unit.name for unit in self.units],
+            config=self.config.to_dict(),
+            parameters=trained_parameters(self._model),
+            files={},
         )
-    if differing:
-        raise ValueError(
-            f"EDiTConfig differs between the ranks; values by rank: {differing}. Every rank needs the same settings: "
-            "check the files, environment variables and flags on each host."
-        )
 
+    def load(self, folder: Path, manifest: Manifest) -> None:
+        """Takes anchor, momentum and detectors of a checkpoint; model and inner optimizer have been loaded before.
 
-@torch.no_grad()
-def _make_replicas_equal(model: nn.Module, peers: ProcessGroupPeers) -> None:
-    """Every replica takes replica 0's trainable parameters and buffers where digests show that they differ."""
-    model = unwrap(model)
-    named = [*model.named_parameters(), *model.named_buffers()]
-    digests = torch.stack([_digest(local_part(tensor)) for _, tensor in named])
-    table = peers.gather(peers.sum_in_replica(digests.flatten()))().view(peers.num_replicas, -1, 2)
-    differing = (table != table[0]).any(dim=2).any(dim=0).tolist()
-    names = [name for (name, _), differs in zip(named, differing, strict=True) if differs]
-    if not names:
-        return
-    for (name, tensor), differs in zip(named, differing, strict=True):
-        if not differs:
-            continue
-        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-            raise RuntimeError(
-                f"The frozen parameter {name} differs between the replicas, and frozen parameters are never sent. "
-                "Load the same weights on every rank."
-            )
-        peers.broadcast(local_part(tensor))
-    logger.warning(
-        "The replicas held different values of %d tensors (%s, ...); all took those of replica 0.",
-        len(names), names[0],
-    )  # fmt: skip
+        `first_step` must have been `manifest.schedule_step`.
+        """
+        checkpoint.load_outer(folder, manifest, self.sync, self.peers.replica_group)
 
-
-def _digest(tensor: Tensor) -> Tensor:
-    """Two int64 [2] that change with any bit of `tensor` and with the order of its elements."""
-    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    words = raw.view(torch.int32) if raw.numel() % 4 == 0 else raw
-    digest = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    chunk = 1 << 22  # bounds the int64 copies
-    for start in range(0, words.numel(), chunk):
-        piece = words[start : start + chunk].to(torch.int64)
-        place = torch.arange(start + 1, start + 1 + piece.numel(), device=tensor.device)
-        digest += torch.stack([piece.sum(), (piece * place).sum()])
-    return digest
+    def load_tallies(self, tallies: dict[str, float]) -> None:
+        """This rank's counts at the time of the checkpoint."""
+        self.tallies.update(tallies)

@@ -161,12 +161,18 @@ class ProcessGroupPeers:
     def commit(self, sync: int) -> bool:
         # The gather of this sync has ended, so every replica has come; in a fixed group none can leave and the
         # others go on: a failure from here on raises on all of them.
-        return sync <= self._arrivals
+        return self._arrivals > 0
 
     def broadcast(self, tensor: Tensor) -> None:
         """Replica 0's `tensor` to all replicas, in place."""
         with self._blame():
             dist.broadcast(tensor, src=self.layout.sync_ranks(self.layout.shard)[0], group=self.sync_group)
+
+    def broadcast_to_all(self, tensor: Tensor) -> None:
+        """`tensor` of replica 0's first rank to every rank, in place."""
+        self.broadcast(tensor)
+        if self.layout.replica_size > 1:
+            dist.broadcast(tensor, src=self.layout.replica_ranks(self.replica)[0], group=self.replica_group)
 
     def average(self, tensor: Tensor) -> None:
         """The mean of `tensor` over the replicas, in place."""

@@ -22,63 +22,11 @@ from hf_edit.config import EDiTConfig
 from hf_edit.groups import Peers, Pending
 from hf_edit.measure import HostCopy, Stopwatch
 from hf_edit.outer import OuterRule, OuterState, apply_outer_step, new_state
-from hf_edit.penalty import (
-    DetectorState,
-    clip_factor,
-    detect_anomalies,
-    effective_replicas,
-    norm_weights,
-    share_weights,
-)
+from hf_edit.penalty import DetectorState, clip_factor, detect_anomalies, norm_weights, share_weights
+from hf_edit.records import SyncPlan, SyncRecord
 from hf_edit.units import Unit
 
 PREFETCHED_UNITS = 1  # all-reduces under way beyond the unit that is being applied: two units' buffers in all
-
-
-@dataclass
-class SyncPlan:
-    """What all ranks have decided, from the same exchanged numbers, about a sync. Host tensors; U units, R replicas.
-
-    `norms`, `weights` [U, R] float64; `anomalous`, `restarted` [U, R] bool; `rolled_back` [U] bool;
-    `tallies` maps each tally's name to its sum over the ranks of each replica, [R] float64.
-    """
-
-    norms: Tensor
-    weights: Tensor
-    anomalous: Tensor
-    restarted: Tensor
-    rolled_back: Tensor
-    tallies: dict[str, Tensor]
-
-
-@dataclass
-class SyncRecord:
-    """What happened in one sync, in host numbers. Times in seconds, bytes as sent by this rank."""
-
-    sync: int
-    plan: SyncPlan
-    unit_names: list[str]
-    sync_seconds: float
-    exposed_seconds: float
-    wait_seconds: float
-    sync_bytes: int
-    interval_seconds: float
-    pseudo_grad_norm: float
-    clipped_units: int
-
-    @property
-    def anomalous_replicas(self) -> int:
-        """Replicas that were left out of at least one unit."""
-        return int(self.plan.anomalous.any(dim=0).sum())
-
-    @property
-    def rollbacks(self) -> int:
-        """Units that went back to the last anchor."""
-        return int(self.plan.rolled_back.sum())
-
-    @property
-    def effective_replicas(self) -> float:
-        return float(effective_replicas(self.plan.weights).mean())
 
 
 @dataclass
@@ -168,6 +116,13 @@ class OuterSync:
             gathered = self.peers.gather(self._sum_in_replica(vector))
             self._running = _Running(begun_at, gathered, list(tallies), bytes_before)
 
+    def decide(self) -> SyncPlan:
+        """Waits until all replicas have come to the sync under way; what they decided."""
+        if self._running is None:
+            raise RuntimeError("No sync is under way; begin() one first.")
+        with self._exposed:
+            return self._plan(self._running)
+
     def apply_in_forward(self) -> None:
         """The sync under way will be carried out unit by unit in the next forward pass."""
         for index, unit in enumerate(self.units):
@@ -201,7 +156,9 @@ class OuterSync:
         if self._running is None or index in self._running.applied:
             return
         with self._exposed:
-            self._apply(index)
+            # All before it too: a rank that does not use a unit in this step must not change the collectives' order.
+            for earlier in range(index + 1):
+                self._apply(earlier)
             self.units[index].start_gathering()
 
     @torch.no_grad()
@@ -209,10 +166,9 @@ class OuterSync:
         run = self._running
         if run is None or index in run.applied:
             return
-        if run.plan is None:
-            run.plan = self._decide(run)
+        plan = self._plan(run)
         while run.launched < min(index + 1 + PREFETCHED_UNITS, len(self.units)):
-            run.works[run.launched] = self._launch(run.launched, run.plan)
+            run.works[run.launched] = self._launch(run.launched, plan)
             run.launched += 1
         unit, state = self.units[index], self.states[index]
         flying = run.works.pop(index)
@@ -226,11 +182,11 @@ class OuterSync:
         unit.reshard()
         for part, value in zip(unit.parts(), state.views(anchor), strict=True):
             part.copy_(value)
-        if not run.plan.norms[index, self.peers.replica].isfinite():
+        if not plan.norms[index, self.peers.replica].isfinite():
             self._clear_inner_state(unit)
         run.applied.add(index)
         if len(run.applied) == len(self.units):
-            self._end(run, run.plan)
+            self._end(run, plan)
 
     def _launch(self, index: int, plan: SyncPlan) -> tuple[Tensor, Pending] | None:
         if plan.rolled_back[index]:
@@ -268,7 +224,9 @@ class OuterSync:
     def _pairs(self) -> list[tuple[Unit, OuterState]]:
         return list(zip(self.units, self.states, strict=True))
 
-    def _decide(self, run: _Running) -> SyncPlan:
+    def _plan(self, run: _Running) -> SyncPlan:
+        if run.plan is not None:
+            return run.plan
         waited_from = self._clock()
         table = run.gathered().cpu()  # the one time that the host reads the device in a sync
         run.wait_seconds = self._clock() - waited_from
@@ -290,7 +248,8 @@ class OuterSync:
         else:
             ones = torch.ones(self.peers.num_replicas, dtype=torch.float64)
             weights = share_weights(tallies["inner_steps"] if config.weighting == "steps" else ones, ~anomalous)
-        return SyncPlan(norms, weights, anomalous, restarted, anomalous.all(dim=1), tallies)
+        run.plan = SyncPlan(norms, weights, anomalous, restarted, anomalous.all(dim=1), tallies)
+        return run.plan
 
     def _end(self, run: _Running, plan: SyncPlan) -> None:
         self.abandon()

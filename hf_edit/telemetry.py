@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hf_edit.penalty import ema_update, z_score
-from hf_edit.sync import SyncRecord
+from hf_edit.records import SyncRecord
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from accelerate.utils import synchronize_rng_states
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -20,7 +22,7 @@ from hf_edit.accelerate_hook import check_accelerator, plan_layout, replica_acce
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
 from hf_edit.groups import Layout, ProcessGroupPeers, ring_bytes
-from hf_edit.sync import SyncRecord
+from hf_edit.records import SyncRecord
 from hf_edit.telemetry import (
     EDiTStats,
     GlobalCount,
@@ -31,12 +33,18 @@ from hf_edit.telemetry import (
     sync_events,
     sync_logs,
 )
+from hf_edit.trainer_checkpoints import TrainerCheckpoints
 
 logger = logging.getLogger(__name__)
-_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
+_FLAGS = {  # the engine's WISHES and the Trainer's flags
+    "evaluate": "should_evaluate",
+    "save": "should_save",
+    "stop": "should_training_stop",
+    "epoch_stop": "should_epoch_stop",
+}
 
 
-class EDiTMixin(_TrainerToBe):
+class EDiTMixin(TrainerCheckpoints):
     """Makes any Trainer subclass train with EDiT: `class EDiTSFTTrainer(EDiTMixin, SFTTrainer)`.
 
     Args:
@@ -107,30 +115,47 @@ class EDiTMixin(_TrainerToBe):
             dataloader.rng_types = []
         return dataloader
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if self.edit_layout.num_replicas > 1 and resume_from_checkpoint:
-            raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}: this version saves no outer state, so a run with "
-                f"{self.edit_layout.num_replicas} replicas cannot be resumed. Start a new run from the checkpoint's "
-                "model (from_pretrained), or resume with one replica."
-            )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _start_engine(self) -> None:
+    def _get_peers(self) -> ProcessGroupPeers:
         if self._peers is None:
             self._peers = ProcessGroupPeers(self.edit_layout, self.edit_config.sync_timeout_seconds)
+        return self._peers
+
+    def _start_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.abandon()  # an earlier training was broken off
         self.edit_stats = EDiTStats()
         self._postponed.clear()
+        self._stopping = self._batch_size_agreed = False
+        self._last_step = self._epoch_began_at = self.state.global_step
         self._spikes = LossSpikeDetector(self.edit_config.loss_spike_threshold)
         self._input_tokens = GlobalCount(self.edit_layout.num_replicas, self.state.num_input_tokens_seen)
         self._flos = GlobalCount(self.edit_layout.num_replicas, self.state.total_flos)
-        if self._engine is not None:
-            self._engine.abandon()  # an earlier training was broken off
         self._engine = Engine(
-            self.model_wrapped, self.optimizer, self.edit_config, self._peers, on_begin=self._hand_over_counts
+            self.model_wrapped,
+            self.optimizer,
+            self.edit_config,
+            self._get_peers(),
+            first_step=self._resumed[1].schedule_step if self._resumed else self.state.global_step,
+            on_begin=self._hand_over_counts,
         )
+        if self._resumed:
+            self._engine.load(*self._resumed)
+            self._restore_rank_state(self._resumed_host["rank"])
         elements = sum(part.numel() for unit in self._engine.units for part in unit.parts())
         self._gradient_bytes = ring_bytes(4 * elements, self.edit_layout.num_replicas)
+
+    def _rank_state(self) -> dict[str, Any]:
+        """What this rank counts, for a checkpoint."""
+        return {"input_tokens": asdict(self._input_tokens), "flos": asdict(self._flos), "spikes": asdict(self._spikes)}
+
+    def _restore_rank_state(self, state: dict[str, Any] | None) -> None:
+        if state is None:  # another layout
+            return
+        assert self._engine is not None
+        self._engine.load_tallies(state["tallies"])
+        self._input_tokens = GlobalCount(**state["input_tokens"])
+        self._flos = GlobalCount(**state["flos"])
+        self._spikes = LossSpikeDetector(**{**state["spikes"], "threshold": self.edit_config.loss_spike_threshold})
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -140,18 +165,33 @@ class EDiTMixin(_TrainerToBe):
         main_input_name = getattr(self.model, "main_input_name", "input_ids")
         main_input = inputs.get(main_input_name) if isinstance(inputs, Mapping) else None
         tokens = main_input.numel() if isinstance(main_input, Tensor) else 0
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._same_batch_size() if self.args.auto_find_batch_size else contextlib.nullcontext():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._engine.tally(loss=loss / self.edit_layout.replica_size, tokens=tokens)
         return loss
 
-    def _step_taken(self) -> None:
+    @contextlib.contextmanager
+    def _same_batch_size(self) -> Iterator[None]:
+        """The first batch fits all ranks, or all raise what makes auto_find_batch_size try a smaller one."""
         assert self._engine is not None
-        if self.accelerator.optimizer_step_was_skipped:
+        failure: RuntimeError | None = None
+        try:
+            yield
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if self._batch_size_agreed:
+                raise RuntimeError(
+                    f"Step {self.state.global_step + 1} ran out of memory with a batch size that fitted all ranks at "
+                    "first; the other replicas train on and cannot change it now. Set a smaller "
+                    "per_device_train_batch_size."
+                ) from error
+            failure = error
+        if self._batch_size_agreed:
             return
-        if not self._engine.warming_up:
-            self.edit_stats.inner_steps += 1
-            self.edit_stats.hsdp_bytes += self._gradient_bytes
-        self._engine.step()
+        if self._engine.agree({"smaller_batch"} if failure else ()):
+            raise failure or RuntimeError("CUDA out of memory. (On another rank: all take a smaller batch.)")
+        self._batch_size_agreed = True
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         # Private in transformers 5.23, as are the other underscored methods below; tests/launch counts the bytes that
@@ -202,40 +242,68 @@ class EDiTMixin(_TrainerToBe):
         start_time: float, learning_rate: float | None = None,
     ) -> None:  # fmt: skip
         if self._engine is not None:
-            self._move_to_a_sync()
             if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
                 self._log_replica(tr_loss, grad_norm, start_time, learning_rate)
             self.control.should_log = False
+            self._decide_with_the_others()
             self._log_syncs()
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
         )
+        self._stopping = self.control.should_training_stop
 
-    def _move_to_a_sync(self) -> None:
-        """What needs equal replicas waits for the next sync, or ends the one under way, or gets a last one."""
-        assert self._engine is not None
-        wanted = {what for what in ("evaluate", "save") if getattr(self.control, f"should_{what}")}
-        if self.control.should_training_stop:
-            self._engine.flush()
-        elif wanted or self._postponed:
-            self._engine.sync.finish()
-        if self._engine.replicas_equal:
-            wanted |= self._postponed
-            self._postponed.clear()
-        elif wanted:
-            self._say_once(
-                f"what falls between two syncs ({', '.join(sorted(wanted))}) moves to the next sync. Make "
-                "eval_steps and save_steps multiples of sync_interval to keep them where they are."
-            )
-            self._postponed |= wanted
-            wanted = set()
-        self.control.should_evaluate = "evaluate" in wanted
-        self.control.should_save = "save" in wanted
+    def _decide_with_the_others(self) -> None:
+        """Counts the step, and does what any rank wants done on equal replicas, on all of them at the same step.
+
+        A callback may want something on one rank alone (its replica's loss differs from the others'), so what is wanted
+        between two syncs rides on the next one. In warm-up all ranks see the same and want the same.
+        """
+        engine = self._engine
+        assert engine is not None
+        stepped, self._last_step = self.state.global_step > self._last_step, self.state.global_step
+        self._postponed |= self._take_wishes()
+        warming_up, agreed = engine.warming_up, None
+        if stepped and not self.accelerator.optimizer_step_was_skipped:
+            if not warming_up:
+                self.edit_stats.inner_steps += 1
+                self.edit_stats.hsdp_bytes += self._gradient_bytes
+            agreed = engine.step(self._postponed)
+        if self._is_last() and not engine.replicas_equal:
+            agreed = (engine.flush(self._postponed) or set()) | (agreed or set())
+        if agreed is None and warming_up:
+            agreed = set(self._postponed)
+        elif agreed is None and not stepped and (engine.replicas_equal or engine.sync.pending):
+            agreed = engine.agree(self._postponed)  # an epoch ends where a sync has just begun
+        if agreed is None:
+            if self._postponed:
+                self._say_once(
+                    f"what falls between two syncs ({', '.join(sorted(self._postponed))}) moves to the next sync. Make "
+                    "eval_steps and save_steps multiples of sync_interval to keep them where they are."
+                )
+            return
+        self._postponed.clear()
+        if agreed:
+            engine.sync.finish()
+        for wish, flag in _FLAGS.items():
+            setattr(self.control, flag, wish in agreed)
+
+    def _take_wishes(self) -> set[str]:
+        wishes = {wish for wish, flag in _FLAGS.items() if getattr(self.control, flag)}
+        for flag in _FLAGS.values():
+            setattr(self.control, flag, False)
+        return wishes
+
+    def _is_last(self) -> bool:
+        """True if no step follows, for a reason that holds on all ranks."""
+        ran_dry = self._epoch_began_at == self.state.global_step  # an epoch without a step
+        return self.state.global_step >= self.state.max_steps or self._stopping or ran_dry
 
     def _log_replica(self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None) -> None:
         """The Trainer's log entry, its loss averaged over this replica alone."""
         assert self._peers is not None
-        loss = self._peers.gather_in_replica(tr_loss.detach()).mean().item()
+        assert self._engine is not None
+        gather = self.accelerator.gather if self._engine.warming_up else self._peers.gather_in_replica
+        loss = gather(tr_loss.detach()).mean().item()
         tr_loss.zero_()
         steps = self.state.global_step - self._globalstep_last_logged
         logs = {"loss": loss / steps}
@@ -290,10 +358,6 @@ class EDiTMixin(_TrainerToBe):
         self._make_replicas_equal("predict")
         return super().predict(*args, **kwargs)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        self._make_replicas_equal("save_model")
-        super().save_model(*args, **kwargs)
-
     def _make_replicas_equal(self, what: str) -> None:
         if self._engine is not None and not self._engine.replicas_equal:
             self._say_once(f"{what} was called between two syncs and brings the next one forward.")
@@ -304,6 +368,8 @@ class EDiTMixin(_TrainerToBe):
             self._engine.flush()
             self._log_syncs()
         output = super()._finalize_training(*args, **kwargs)
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
         return output
 
@@ -322,11 +388,17 @@ class _EngineDriver(TrainerCallback):
         self.trainer._start_engine()
         publish_settings(self.trainer.edit_config.to_dict())
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._epoch_began_at = state.global_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._postponed |= self.trainer._take_wishes()  # or the Trainer would stop on this rank alone
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._postponed |= self.trainer._take_wishes()
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._engine.before_optimizer_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._step_taken()
 
 
 def _refuse_settings(config: EDiTConfig) -> None:

@@ -55,6 +55,31 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def like_param(param: Tensor, part: Tensor) -> Tensor:
+    """`part`, this rank's part of something of `param`'s shape, as that whole; shares its memory."""
+    if not isinstance(param, DTensor):
+        return part
+    return DTensor.from_local(
+        part, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """The parameters and the persistent buffers of the unwrapped model by their names there."""
+    model = unwrap(model)
+    reshard(model)
+    params = {clean_name(name): param for name, param in model.named_parameters()}
+    saved = model.state_dict().keys() if any(True for _ in model.buffers()) else ()
+    buffers = {clean_name(name): buffer for name, buffer in model.named_buffers() if name in saved}
+    return params, buffers
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """True if torch.compile traces the model or a part of it: hooks that come and go would be traced anew each time."""
+    # _compiled_call_impl is private in torch 2.13; nn.Module.compile() leaves no other trace. tests/dist watches it.
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP and torch.compile."""
     while True:
@@ -73,14 +98,15 @@ def find_units(model: nn.Module) -> list[Unit]:
         ValueError: no parameter requires gradients, or FSDP2 leaves out one that does.
     """
     model = unwrap(model)
+    reshard(model)
     sharded = any(isinstance(module, FSDPModule) for module in model.modules())
     owners = _fsdp_groups(model) if sharded else _wrapping_groups(model)
     units: dict[int, Unit] = {}
     for name, module in model.named_modules():
         if module in owners:
-            unit = units.setdefault(owners[module], Unit(_clean(name) or "root", []))
+            unit = units.setdefault(owners[module], Unit(clean_name(name) or "root", []))
             if unit.modules:
-                unit.name += f"+{_clean(name)}"
+                unit.name += f"+{clean_name(name)}"
             unit.modules.append(module)
     for name, param in model.named_parameters():
         if not param.requires_grad:
@@ -91,7 +117,7 @@ def find_units(model: nn.Module) -> list[Unit]:
                 "Take its module out of FSDP's ignored_modules, or freeze it."
             )
         unit = units[owners[_owner(model, name, owners)]]
-        unit.names.append(_clean(name))
+        unit.names.append(clean_name(name))
         unit.params.append(param)
     found = [unit for unit in units.values() if unit.params]
     if not found:
@@ -122,6 +148,21 @@ def keep_gradients_local(model: nn.Module) -> None:
             module.set_all_reduce_hook(None)  # type: ignore[arg-type]  # None is its initial value in torch 2.13
         elif isinstance(module, DistributedDataParallel):
             module.require_backward_grad_sync = False
+
+
+def release(model: nn.Module) -> None:
+    """Gradients are treated as before: DDP averages them again."""
+    start_averaging_gradients(model, lambda gradient: None)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_all_reduce_hook(None)  # type: ignore[arg-type]
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts the shards back in the place of gathered copies, which a forward pass without backward leaves behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _fsdp_state(module: FSDPModule) -> object:
@@ -165,5 +206,6 @@ def _owner(model: nn.Module, param_name: str, owners: dict[nn.Module, int]) -> n
     return model
 
 
-def _clean(name: str) -> str:
+def clean_name(name: str) -> str:
+    """A parameter's or module's name without what torch.compile and activation checkpointing put into it."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
 from hf_edit.groups import Layout, ProcessGroupPeers
-from hf_edit.sync import SyncRecord
+from hf_edit.records import SyncRecord
 
 FEATURES = 8
 

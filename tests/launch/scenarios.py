@@ -312,10 +312,10 @@ def training_twice_and_called_in_between() -> dict[str, Any]:
     return {"steps": trainer.state.global_step}
 
 
-def main() -> None:
+def main(scenarios: dict[str, Any]) -> None:
     results = {}
     for name in sys.argv[2:]:
-        results[name] = globals()[name]()
+        results[name] = scenarios[name]()
         dist.barrier()
         if dist.get_rank() == 0:
             print(f"passed: {name}", flush=True)
@@ -324,4 +324,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

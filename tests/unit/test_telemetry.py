@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_edit.sync import SyncPlan, SyncRecord
+from hf_edit.records import SyncPlan, SyncRecord
 from hf_edit.telemetry import (
     EDiTStats,
     LossSpikeDetector,

@@ -1,0 +1,39 @@
+"""Checkpoints under the launchers: resumed runs agree bit for bit, in another layout number by number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch.launching import accelerate_launch, torchrun
+
+HERE = Path(__file__).parent
+SCENARIOS = [
+    "resumed_runs_are_bit_for_bit",
+    "a_checkpoint_that_is_not_whole_is_passed_over",
+    "another_model_is_refused_another_method_is_told",
+    "a_users_outer_optimizer_resumes",
+    "limits_and_the_best_model",
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "also"), [("cpu_2x2.yaml", "sharded_checkpoints"), ("cpu_4x1.yaml", "plain_trainers_checkpoints")]
+)
+def test_the_scenarios_pass(config: str, also: str, tmp_path: Path) -> None:
+    output = accelerate_launch(config, HERE / "checkpoints.py", str(tmp_path), *SCENARIOS, also, timeout=280)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert list(results) == [*SCENARIOS, also], output
+
+
+def test_other_numbers_of_replicas_and_shards(tmp_path: Path) -> None:
+    """2x2 to 4x1, 1x4, 2x1 and back: everything is where it was, and the loss goes on falling."""
+    script = HERE / "resizing.py"
+    output = torchrun(4, script, str(tmp_path), "a:2:", "b:4:a", "c:2:b", "d:1:c", "e:2:d")
+    output += torchrun(2, script, str(tmp_path), "f:2:a")
+    output += torchrun(4, script, str(tmp_path), "g:2:f")
+    assert output.count("passed: ") == 7
+    assert "the checkpoint is of 2 replicas x 2 shards, this run has 4 replicas x 1 shards" in output
+    assert "of replica 0 from 0, 1 from 1, 2 from 0, 3 from 1." in output
