@@ -77,9 +77,8 @@ class TrainerCheckpoints(_TrainerToBe):
         chosen = named or whole
         if chosen is None:
             reasons = "; ".join(f"{path.name}: {problems[str(path)]}" for path in found[:4])
-            raise ValueError(
-                f"No whole checkpoint in {self.args.output_dir} to resume from ({reasons or 'none at all'})."
-            )
+            why = f": {reasons}" if reasons else ""
+            raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir}){why}")
         for path in found[: found.index(chosen)] if named is None else []:
             self._say_once(f"{path} is passed over ({problems[str(path)]}); resuming from {chosen}.")
         if has_edit_state(chosen) and self.model is not None:

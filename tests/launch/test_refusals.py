@@ -23,7 +23,7 @@ PROMISED = {
     "loaded in shards": ["sharded when it was loaded (DistributedConfig)", "without distributed_config"],
     "tensor parallelism": ["tp_size=2", "Set tp_size to 1"],
     "batches from process 0": ["dispatch_batches=True", "Leave dispatch_batches unset"],
-    "resume": ["No whole checkpoint to resume from in"],
+    "resume": ["No valid checkpoint found in output directory"],
 }
 
 
