@@ -189,6 +189,20 @@ class EDiTConfig:
             values["outer_optimizer"] = getattr(values["outer_optimizer"], "__qualname__", "callable")
         return values
 
+    def check_supported(self) -> None:
+        """Refuses what this version cannot do with several replicas.
+
+        Raises:
+            ValueError: `sync_seconds` or overlap="delayed".
+        """
+        if self.sync_seconds is not None:
+            raise ValueError(
+                f"sync_seconds={self.sync_seconds}: this version syncs by steps only. Leave sync_seconds out and set "
+                "sync_interval."
+            )
+        if self.overlap == "delayed":
+            raise ValueError('overlap="delayed" is not in this version. Use overlap="forward".')
+
     @property
     def warmup_steps(self) -> int:
         return self.edit_warmup_steps

@@ -208,6 +208,17 @@ class Engine:
         """
         checkpoint.load_outer(folder, manifest, self.sync, self.peers.replica_group)
 
+    def counters(self) -> dict[str, float]:
+        """Where this rank is in the schedule, and its counts since the last sync."""
+        counts = {name: float(value) for name, value in self.tallies.items()}
+        steps = {"step": self.schedule.step, "inner_steps": self.schedule.inner_steps}
+        return {**counts, **steps, "sync_count": self.sync.sync_count}
+
+    def load_counters(self, counters: dict[str, float]) -> None:
+        self.tallies = {name: counters[name] for name in TALLIES}
+        self.schedule.step, self.schedule.inner_steps = int(counters["step"]), int(counters["inner_steps"])
+        self.sync.sync_count = int(counters["sync_count"])
+
     def load_tallies(self, tallies: dict[str, float]) -> None:
         """This rank's counts at the time of the checkpoint."""
         self.tallies.update(tallies)

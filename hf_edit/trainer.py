@@ -13,12 +13,16 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from accelerate.utils import synchronize_rng_states
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from hf_edit.accelerate_hook import check_accelerator, plan_layout, replica_accelerator_args
+from hf_edit.accelerate_hook import (
+    check_accelerator,
+    equalise_sampler_once,
+    plan_layout,
+    replica_accelerator_args,
+)
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
 from hf_edit.groups import Layout, ProcessGroupPeers, ring_bytes
@@ -93,7 +97,7 @@ class EDiTMixin(TrainerCheckpoints):
     def create_accelerator_and_postprocess(self) -> None:
         self.edit_layout: Layout = plan_layout(self.args, self.edit_config, self.model)
         if self.edit_layout.num_replicas > 1:
-            _refuse_settings(self.edit_config)
+            self.edit_config.check_supported()
         if self.args.process_index == 0:  # the one that reports
             go_offline_without_login(self.args.report_to)
         super().create_accelerator_and_postprocess()
@@ -108,11 +112,8 @@ class EDiTMixin(TrainerCheckpoints):
 
     def get_train_dataloader(self) -> Any:
         dataloader = super().get_train_dataloader()
-        generator = getattr(dataloader, "synchronized_generator", None)
-        if self.edit_layout.num_replicas > 1 and generator is not None and dataloader.rng_types:
-            # Accelerate would broadcast the sampler's generator at the start of every epoch. Equal once, they stay so.
-            synchronize_rng_states(dataloader.rng_types, generator)
-            dataloader.rng_types = []
+        if self.edit_layout.num_replicas > 1:
+            equalise_sampler_once(dataloader)
         return dataloader
 
     def _get_peers(self) -> ProcessGroupPeers:
@@ -399,13 +400,3 @@ class _EngineDriver(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._engine.before_optimizer_step()
-
-
-def _refuse_settings(config: EDiTConfig) -> None:
-    if config.sync_seconds is not None:
-        raise ValueError(
-            f"sync_seconds={config.sync_seconds}: this version syncs by steps only. Leave sync_seconds out and set "
-            "sync_interval."
-        )
-    if config.overlap == "delayed":
-        raise ValueError('overlap="delayed" is not in this version. Use overlap="forward".')

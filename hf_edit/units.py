@@ -74,6 +74,11 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, 
     return params, buffers
 
 
+def is_prepared(model: nn.Module) -> bool:
+    """True if FSDP2 or DDP is at work in the model."""
+    return any(isinstance(module, FSDPModule | DistributedDataParallel) for module in model.modules())
+
+
 def is_compiled(model: nn.Module) -> bool:
     """True if torch.compile traces the model or a part of it: hooks that come and go would be traced anew each time."""
     # _compiled_call_impl is private in torch 2.13; nn.Module.compile() leaves no other trace. tests/dist watches it.

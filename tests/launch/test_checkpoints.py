@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import accelerate_launch, torchrun
+from tests.launch.launching import accelerate_launch, run, torchrun
 
 HERE = Path(__file__).parent
 SCENARIOS = [
@@ -37,3 +37,9 @@ def test_other_numbers_of_replicas_and_shards(tmp_path: Path) -> None:
     assert output.count("passed: ") == 7
     assert "the checkpoint is of 2 replicas x 2 shards, this run has 4 replicas x 1 shards" in output
     assert "of replica 0 from 0, 1 from 1, 2 from 0, 3 from 1." in output
+
+
+def test_what_a_kill_leaves_is_never_taken_for_whole(tmp_path: Path) -> None:
+    """Twenty kills at random moments; `killing.py FOLDER SEED KILLS` repeats it with another seed, or for longer."""
+    output = run([str(HERE / "killing.py"), str(tmp_path), "1", "20"], timeout=240, environment={})
+    assert "passed: 20 kills" in output

@@ -1,0 +1,141 @@
+"""Run by every rank of a launch: hand-written loops with `EDiT`. Arguments as for scenarios.py."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from hf_edit import EDiT, EDiTConfig
+from hf_edit.units import local_part, named_tensors
+from tests.launch.scenarios import BATCH, FOLDER, distance, expected, main, make_model, make_rows
+
+
+class Loop:
+    """A plain Accelerate loop with EDiT's lines in it."""
+
+    def __init__(self, config: EDiTConfig, accumulation: int = 1, sgd: bool = False) -> None:
+        self.config = config
+        self.accelerator = EDiT.accelerator(config, gradient_accumulation_steps=accumulation)
+        model = make_model()
+        kind = torch.optim.SGD(model.parameters(), lr=0.5) if sgd else torch.optim.AdamW(
+            model.parameters(), lr=1e-2, weight_decay=0.0
+        )  # fmt: skip
+        loader = DataLoader(make_rows(), batch_size=BATCH, collate_fn=default_data_collator)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, kind, loader)
+        self.scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer.optimizer, factor=1.0)
+        self.logs: list[dict[str, float]] = []
+
+    def train(self, edit: EDiT, batches: int, skip: int = 0) -> None:
+        self.model.train()
+        for number, batch in enumerate(self.loader):
+            if number < skip:
+                continue
+            if number >= skip + batches:
+                break
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(**batch).loss
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            edit.step(loss, tokens=batch["input_ids"].numel())
+            self.logs += edit.logs()
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {n: local_part(p).detach().clone() for n, p in named_tensors(self.model)[0].items()}
+
+    def whole(self) -> dict[str, Tensor]:
+        state = self.accelerator.get_state_dict(self.model)
+        return {name.removeprefix("module."): value.detach().clone() for name, value in state.items()}
+
+
+def a_loop_is_the_simulation() -> dict[str, Any]:
+    config = EDiTConfig(sync_interval=3, warmup_steps=2, max_pseudo_grad_norm=0.3)
+    loop = Loop(config)
+    with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+        assert edit.layout.num_replicas > 1
+        assert loop.accelerator.num_processes == dist.get_world_size()
+        loop.train(edit, batches=9)
+    mine = loop.whole()
+    if dist.get_rank() == 0:
+        apart = distance(mine, expected(edit.layout, steps=9, tau=3, warmup=2, clip=0.3))
+        assert apart <= 1e-5, apart
+    # Due after steps 5 and 8, each finished in the step that follows.
+    assert [entry["edit/inner_steps"] for entry in loop.logs] == [3, 3]
+    return {}
+
+
+def a_loop_accumulates() -> dict[str, Any]:
+    config = EDiTConfig(sync_interval=2)
+    loop = Loop(config, accumulation=2, sgd=True)
+    with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+        loop.train(edit, batches=10)
+    mine = loop.whole()
+    if dist.get_rank() == 0:
+        apart = distance(mine, expected(edit.layout, steps=5, tau=2, sgd=True, accumulation=2))
+        assert apart <= 1e-5, apart
+    return {}
+
+
+def a_loop_saves_and_loads() -> dict[str, Any]:
+    """state_dict() moves nothing and loads back; save() and load() go on bit for bit."""
+    config = EDiTConfig(sync_interval=3)
+    loop, place = Loop(config), FOLDER / "loop"
+    with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+        loop.train(edit, batches=4)
+        before = loop.parameters()
+        state = edit.state_dict()
+        assert all(torch.equal(value, before[name]) for name, value in loop.parameters().items())
+        assert state["counters"]["inner_steps"] == 1
+        copy = {name: value.clone() if isinstance(value, Tensor) else dict(value) for name, value in state.items()}
+        loop.train(edit, batches=2, skip=4)
+        edit.flush()
+        edit.load_state_dict(copy)
+        again = edit.state_dict()
+        assert again["counters"] == copy["counters"]
+        assert all(torch.equal(local_part(again[n]), local_part(t)) for n, t in copy.items() if isinstance(t, Tensor))
+
+    loop = Loop(config)
+    with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+        loop.train(edit, batches=6)
+        edit.save(place, scheduler=loop.scheduler)
+        loop.train(edit, batches=5, skip=6)
+    end = loop.parameters()
+    resumed = Loop(config)
+    with EDiT(resumed.accelerator, resumed.model, resumed.optimizer, config) as edit:
+        assert edit.load(place, scheduler=resumed.scheduler) == 6
+        resumed.train(edit, batches=5, skip=6)
+    assert all(torch.equal(value, end[name]) for name, value in resumed.parameters().items())
+    (place / "edit" / "manifest.json").unlink(missing_ok=True)
+    dist.barrier()
+    with (
+        EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit,
+        pytest.raises(ValueError, match=re.escape("edit/ has no manifest")),
+    ):
+        edit.load(place)
+    return {}
+
+
+def what_a_loop_refuses() -> dict[str, Any]:
+    config = EDiTConfig(sync_interval=3)
+    loop = Loop(config)
+    with pytest.raises(ValueError, match=re.escape("EDiT.accelerator(edit_config, ...)")):
+        EDiT(Accelerator(), loop.model, loop.optimizer, config)
+    with pytest.raises(ValueError, match="but the Accelerator was made for"):
+        EDiT(loop.accelerator, loop.model, loop.optimizer, EDiTConfig(num_replicas=3))
+    with pytest.raises(ValueError, match="this version syncs by steps only"):
+        EDiT(loop.accelerator, loop.model, loop.optimizer, EDiTConfig(sync_seconds=3.0))
+    with pytest.raises(ValueError, match=r"accelerator\.prepare"):
+        EDiT(loop.accelerator, make_model(), loop.optimizer, config)
+    return {}
+
+
+if __name__ == "__main__":
+    main(globals())
