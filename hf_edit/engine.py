@@ -91,7 +91,7 @@ class Engine:
     @property
     def replicas_equal(self) -> bool:
         """True if nothing was learnt since the last finished sync, or in warm-up."""
-        return self.schedule.inner_steps == 0 and not self.sync.pending
+        return self.schedule.turns == 0 and not self.sync.pending
 
     def tally(self, **amounts: Tensor | float) -> None:
         """Adds to this rank's counts since the last sync (see `TALLIES`); a sync sums each over the replica's ranks."""
@@ -102,8 +102,8 @@ class Engine:
         """Ends a sync whose units were not all used by the forward pass."""
         self.sync.finish()
 
-    def step(self, wishes: Collection[str] = ()) -> set[str] | None:
-        """One optimizer step was taken: begins the sync if it is due.
+    def step(self, wishes: Collection[str] = (), skipped: bool = False) -> set[str] | None:
+        """One optimizer step was taken, or skipped by fp16's scaler: begins the sync if it is due.
 
         Args:
             wishes: what this rank wants done on equal replicas; any of `WISHES`.
@@ -112,7 +112,7 @@ class Engine:
             What any rank wanted, the same on all of them, if a sync has begun; else None.
         """
         was_warming_up = self.schedule.warming_up
-        due = self.schedule.advance()
+        due = self.schedule.advance(skipped)
         if was_warming_up and not self.schedule.warming_up:
             make_replicas_equal(self._model, self.peers)  # machines of different kinds may round differently
             self._end_warmup()
@@ -131,7 +131,7 @@ class Engine:
         Arguments and result are those of `step`; None if there was nothing to sync.
         """
         self.sync.finish()
-        if not self.schedule.inner_steps:
+        if not self.schedule.turns:
             return None
         agreed = self._begin(wishes)
         self.sync.finish()
@@ -211,12 +211,13 @@ class Engine:
     def counters(self) -> dict[str, float]:
         """Where this rank is in the schedule, and its counts since the last sync."""
         counts = {name: float(value) for name, value in self.tallies.items()}
-        steps = {"step": self.schedule.step, "inner_steps": self.schedule.inner_steps}
+        steps = {"step": self.schedule.step, "inner_steps": self.schedule.inner_steps, "turns": self.schedule.turns}
         return {**counts, **steps, "sync_count": self.sync.sync_count}
 
     def load_counters(self, counters: dict[str, float]) -> None:
         self.tallies = {name: counters[name] for name in TALLIES}
-        self.schedule.step, self.schedule.inner_steps = int(counters["step"]), int(counters["inner_steps"])
+        self.schedule.step, self.schedule.turns = int(counters["step"]), int(counters["turns"])
+        self.schedule.inner_steps = int(counters["inner_steps"])
         self.sync.sync_count = int(counters["sync_count"])
 
     def load_tallies(self, tallies: dict[str, float]) -> None:

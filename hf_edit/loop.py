@@ -107,7 +107,7 @@ class EDiT:
         self._engine = None
 
     def step(self, loss: Tensor | None = None, tokens: int = 0) -> None:
-        """To be called after each batch. A batch that only accumulates, or whose step fp16 skipped, does not count.
+        """To be called after each batch. A batch that only accumulates does not count.
 
         Args:
             loss: this batch's, for the logs; [] of any float dtype.
@@ -119,8 +119,8 @@ class EDiT:
             share = self._accelerator.gradient_accumulation_steps * self.layout.replica_size
             self._engine.tally(loss=loss.detach().float() / share)
         self._engine.tally(tokens=float(tokens))
-        if self._accelerator.sync_gradients and not self._accelerator.optimizer_step_was_skipped:
-            self._engine.step()
+        if self._accelerator.sync_gradients:
+            self._engine.step(skipped=self._accelerator.optimizer_step_was_skipped)
 
     def flush(self) -> None:
         """Makes the replicas equal: syncs what was learnt since the last sync. To be called on all ranks."""

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 class SyncSchedule:
     """Counts optimizer steps and says when a sync is due (EDiT, Algorithm 1).
 
+    A step that fp16 skips is no inner step, but it counts for the trigger: another replica may not have skipped it, and
+    all must come to the same syncs.
+
     Args:
         sync_interval: inner steps between syncs; not looked at when `sync_seconds` is set.
         sync_seconds: seconds between syncs (A-EDiT), from the end of one to the start of the next; or None.
@@ -30,7 +33,8 @@ class SyncSchedule:
     warmup_steps: int = 0
     clock: Callable[[], float] = time.monotonic
     step: int = 0
-    inner_steps: int = 0
+    inner_steps: int = 0  # since the last sync
+    turns: int = 0  # since the last sync, skipped steps too
     _restarted_at: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,20 +45,21 @@ class SyncSchedule:
         """True if the next optimizer step is a synchronous one."""
         return self.step < self.warmup_steps
 
-    def advance(self) -> bool:
-        """Counts one optimizer step that was taken; True if a sync is due now."""
+    def advance(self, skipped: bool = False) -> bool:
+        """Counts one optimizer step that was taken, or `skipped`; True if a sync is due now."""
         if self.warming_up:
-            self.step += 1
+            self.step += not skipped
             if not self.warming_up:
                 self._restarted_at = self.clock()
             return False
-        self.step += 1
-        self.inner_steps += 1
+        self.step += not skipped
+        self.inner_steps += not skipped
+        self.turns += 1
         if self.sync_seconds is not None:
             return self.clock() - self._restarted_at >= self.sync_seconds
-        return self.inner_steps >= self.sync_interval
+        return self.turns >= self.sync_interval
 
     def restart(self) -> None:
         """A sync has been carried out: the next interval begins now, after the wait."""
-        self.inner_steps = 0
+        self.inner_steps = self.turns = 0
         self._restarted_at = self.clock()

@@ -264,11 +264,12 @@ class EDiTMixin(TrainerCheckpoints):
         stepped, self._last_step = self.state.global_step > self._last_step, self.state.global_step
         self._postponed |= self._take_wishes()
         warming_up, agreed = engine.warming_up, None
-        if stepped and not self.accelerator.optimizer_step_was_skipped:
+        if stepped:
+            skipped = self.accelerator.optimizer_step_was_skipped
             if not warming_up:
-                self.edit_stats.inner_steps += 1
+                self.edit_stats.inner_steps += not skipped
                 self.edit_stats.hsdp_bytes += self._gradient_bytes
-            agreed = engine.step(self._postponed)
+            agreed = engine.step(self._postponed, skipped)
         if self._is_last() and not engine.replicas_equal:
             agreed = (engine.flush(self._postponed) or set()) | (agreed or set())
         if agreed is None and warming_up:

@@ -139,7 +139,7 @@ def start_averaging_gradients(model: nn.Module, average: Callable[[Tensor], None
         if isinstance(module, FSDPModule):
             module.set_all_reduce_hook(average)
         elif isinstance(module, DistributedDataParallel):
-            module.require_backward_grad_sync = True
+            module.require_backward_grad_sync = module.require_forward_param_sync = True
 
 
 def keep_gradients_local(model: nn.Module) -> None:
@@ -153,6 +153,7 @@ def keep_gradients_local(model: nn.Module) -> None:
             module.set_all_reduce_hook(None)  # type: ignore[arg-type]  # None is its initial value in torch 2.13
         elif isinstance(module, DistributedDataParallel):
             module.require_backward_grad_sync = False
+            module.require_forward_param_sync = False  # or the next forward pass would still broadcast the buffers
 
 
 def release(model: nn.Module) -> None:

@@ -46,3 +46,17 @@ def test_the_timer_starts_when_the_warmup_ends() -> None:
     assert not schedule.advance()
     now = 60.0
     assert schedule.advance()
+
+
+def test_a_skipped_step_is_no_inner_step_but_takes_its_turn() -> None:
+    """Another replica may not skip it, and both must come to the same syncs."""
+    one, other = SyncSchedule(sync_interval=3, warmup_steps=1), SyncSchedule(sync_interval=3, warmup_steps=1)
+    assert not one.advance(skipped=True)
+    assert one.warming_up, "a skipped step is no warm-up step"
+    one.advance()
+    other.advance()
+    assert [one.advance(skipped=number == 1) for number in range(3)] == [other.advance() for _ in range(3)]
+    assert (one.inner_steps, other.inner_steps) == (2, 3)
+    assert (one.step, other.step) == (3, 4)
+    one.restart()
+    assert (one.inner_steps, one.turns) == (0, 0)

@@ -1,0 +1,211 @@
+#!/usr/bin/env python
+"""Trains a language model with EDiT in a loop of one's own, on Accelerate.
+
+    accelerate launch --config_file accelerate_configs/cpu_2x2.yaml examples/accelerate_loop.py
+
+A line that ends in `# EDiT` is all that EDiT adds to the loop; one that ends in `# EDiT, was: ...` stood otherwise
+before. Without --model it trains a small Llama that reads bytes, without --dataset or --train_file on Python's language
+reference, as `help()` has it. So it needs no download.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from pydoc_data.topics import topics
+from time import perf_counter
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    default_data_collator,
+    get_scheduler,
+    set_seed,
+)
+
+from hf_edit import EDiT, EDiTConfig  # EDiT, was: from accelerate import Accelerator
+
+
+@dataclass
+class ScriptArguments:
+    """What to train, on what, and how."""
+
+    _argument_group_name = "Model, data and training"
+
+    model: str | None = field(default=None, metadata={"help": "A model's name on the Hub, or its folder."})
+    dataset: str | None = field(default=None, metadata={"help": "Name of a dataset on the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of --dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    train_file: str | None = field(default=None, metadata={"help": "A .txt or .jsonl file to train on."})
+    block_size: int = field(default=128, metadata={"help": "Tokens (bytes without --model) in a block."})
+    eval_blocks: int = field(default=128, metadata={"help": "Blocks held out for evaluation."})
+    output_dir: str = field(default="edit_accelerate_loop", metadata={"help": "Where model and state are left."})
+    max_steps: int = field(default=128, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=4, metadata={"help": "Blocks in a process's batch."})
+    gradient_accumulation_steps: int = field(default=2, metadata={"help": "Batches in an optimizer step."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
+    warmup_steps: int = field(default=16, metadata={"help": "Steps over which the learning rate rises."})
+    eval_steps: int = field(default=64, metadata={"help": "Steps between two evaluations."})
+    logging_steps: int = field(default=16, metadata={"help": "Steps between two log entries."})
+    report_to: str | None = field(default=None, metadata={"help": "A tracker of Accelerate, such as wandb."})
+    seed: int = field(default=0, metadata={"help": "Seed of the model and the order of the data."})
+
+
+def main() -> None:
+    parser = HfArgumentParser(ScriptArguments, description=__doc__.split("\n\n")[0])
+    (script,) = parser.parse_args_into_dataclasses()
+    set_seed(script.seed)
+    settings = dict(gradient_accumulation_steps=script.gradient_accumulation_steps, log_with=script.report_to)
+    # A dozen syncs are too few for the paper's outer momentum: see examples/pretrain.py.
+    edit_config = EDiTConfig(sync_interval=16, outer_lr=1.0, outer_momentum=0.0)  # EDiT
+    accelerator = EDiT.accelerator(edit_config, **settings)  # EDiT, was: accelerator = Accelerator(**settings)
+    accelerator.init_trackers("accelerate_loop", config=vars(script))
+    with accelerator.local_main_process_first():  # the others then read the caches
+        model, tokenizer = model_and_tokenizer(script)
+        blocks = load_blocks(script, tokenizer)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=script.learning_rate, weight_decay=0.1)
+    # Accelerate steps a prepared scheduler once for every process.
+    steps = [count * accelerator.num_processes for count in (script.warmup_steps, script.max_steps)]
+    scheduler = get_scheduler("cosine", optimizer, *steps)
+    loading = dict(batch_size=script.batch_size, collate_fn=default_data_collator)
+    model, optimizer, scheduler, train_loader, eval_loader = accelerator.prepare(
+        model,
+        optimizer,
+        scheduler,
+        DataLoader(blocks["train"], shuffle=True, drop_last=True, **loading),
+        DataLoader(blocks["test"], **loading),
+    )
+
+    history: list[dict[str, float]] = []
+    record(accelerator, history, 0, {"eval_loss": evaluate(accelerator, model, eval_loader)})
+    step, begun = 0, perf_counter()
+    with EDiT(accelerator, model, optimizer, edit_config) as edit:  # EDiT
+        for batch in endless(train_loader):
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            edit.step(loss, tokens=batch["input_ids"].numel())  # EDiT
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            if step % script.logging_steps == 0:
+                record(accelerator, history, step, {"loss": loss.item(), "learning_rate": scheduler.get_last_lr()[0]})
+            if step % script.eval_steps == 0 or step == script.max_steps:
+                edit.flush()  # EDiT
+                record(accelerator, history, step, {"eval_loss": evaluate(accelerator, model, eval_loader)})
+            record(accelerator, history, step, *edit.logs())  # EDiT
+            if step == script.max_steps:
+                break
+        seconds, folder = perf_counter() - begun, Path(script.output_dir)
+        # To go on from it: edit.load(folder / "state", scheduler=scheduler).
+        edit.save(folder / "state", scheduler=scheduler)  # EDiT, was: accelerator.save_state(folder / "state")
+
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
+        summarise(history, step, seconds, folder)
+    accelerator.end_training()
+
+
+def model_and_tokenizer(script: ScriptArguments) -> tuple[Any, Any]:
+    """The named ones, or a small Llama that reads bytes and so needs no tokenizer."""
+    if script.model:
+        return AutoModelForCausalLM.from_pretrained(script.model), AutoTokenizer.from_pretrained(script.model)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=336, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), None
+
+
+def load_blocks(script: ScriptArguments, tokenizer: Any) -> datasets.DatasetDict:
+    """Blocks of `block_size` tokens, cut from documents that end with EOS or a zero byte; the last are for test."""
+    if script.dataset:
+        rows = datasets.load_dataset(script.dataset, split=script.dataset_split)
+    elif script.train_file:
+        kind, options = ("text", {"sample_by": "paragraph"}) if script.train_file.endswith(".txt") else ("json", {})
+        rows = datasets.load_dataset(kind, data_files=script.train_file, split="train", **options)
+    else:
+        rows = datasets.Dataset.from_dict({"text": [topics[name] for name in sorted(topics)]})
+    size = script.block_size
+
+    def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        if tokenizer is None:
+            documents, end = [list(text.encode()) for text in batch[script.text_column]], 0
+        else:
+            documents = tokenizer(batch[script.text_column], add_special_tokens=False)["input_ids"]
+            end = tokenizer.eos_token_id
+        tokens = [token for document in documents for token in [*document, end]]
+        blocks = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
+        return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
+
+    blocks = rows.map(cut, batched=True, remove_columns=rows.column_names, desc="Packing")
+    return blocks.train_test_split(min(script.eval_blocks, len(blocks) // 10), shuffle=False)
+
+
+def endless(loader: Any) -> Iterator[Any]:
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        yield from loader
+
+
+@torch.no_grad()
+def evaluate(accelerator: Any, model: Any, loader: Any) -> float:
+    """Mean loss of the held-out blocks, in nats per token, over all processes."""
+    model.eval()
+    losses = []
+    for batch in loader:
+        losses.append(accelerator.gather_for_metrics(model(**batch).loss.repeat(len(batch["input_ids"]))))
+    model.train()
+    return torch.cat(losses).mean().item()
+
+
+def record(accelerator: Any, history: list[dict[str, float]], step: int, *entries: dict[str, float]) -> None:
+    for entry in entries:
+        history.append(entry)
+        accelerator.log(entry, step=step)
+        accelerator.print({"step": step, **{name: round(value, 5) for name, value in entry.items()}})
+
+
+def summarise(history: list[dict[str, float]], steps: int, seconds: float, folder: Path) -> None:
+    """Prints the summary and leaves it as summary.json."""
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    syncs = [entry for entry in history if "edit/sync_seconds" in entry]
+    summary = {
+        "eval_loss_before": losses[0],
+        "eval_loss_after": losses[-1],
+        "steps": steps,
+        "syncs": len(syncs),
+        "sync_bytes": sum(entry["edit/sync_bytes"] for entry in syncs),
+        "waited_share": sum(entry["edit/exposed_seconds"] for entry in syncs) / seconds,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    rows = [
+        ("eval loss, before", f"{losses[0]:.3f}"),
+        ("eval loss, after", f"{losses[-1]:.3f}"),
+        ("steps / syncs", f"{steps} / {len(syncs)}"),
+        ("waited for syncs", f"{summary['waited_share']:.1%} of {seconds:.0f} s"),
+        ("sent between replicas", f"{summary['sync_bytes'] / 1e6:.1f} MB a rank"),
+        ("saved in", f"{folder} (model, state, summary.json)"),
+    ]
+    print("\n" + "\n".join(f"{name:<27}{value}" for name, value in rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

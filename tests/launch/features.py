@@ -1,0 +1,284 @@
+"""Run by every rank of a launch: what the Trainer can do, with replicas. Arguments as for scenarios.py.
+
+With SGD, a sync after every step and the plain average, replicas are one big batch: EDiT must end with the parameters
+of a plain Trainer on the same data, and report its losses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import LlamaForCausalLM, TrainerCallback
+
+from hf_edit import EDiTConfig, EDiTTrainer
+from hf_edit.units import is_compiled, local_part, named_tensors
+from tests.launch.scenarios import FOLDER, VOCABULARY, main, make_args, make_model, make_rows, parameters
+
+ONE_BIG_BATCH = dict(sync_interval=1, outer_optimizer="none", weighting="uniform", max_pseudo_grad_norm=None)
+STEPS = 6
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(make_rows())
+
+
+def of_many_lengths() -> list[dict[str, Tensor]]:
+    return [{key: value[: 4 + number % 9] for key, value in row.items()} for number, row in enumerate(make_rows())]
+
+
+def pad(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    filler = {"input_ids": 0, "labels": -100}
+    return {
+        key: torch.stack([nn.functional.pad(r[key], (0, longest - len(r[key])), value=filler[key]) for r in rows])
+        for key in filler
+    }
+
+
+def nats(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    logits = outputs.logits[:, :-1].flatten(0, 1).float()
+    return nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    right = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
+    return {"accuracy": float(right.mean())}
+
+
+def frozen_embeddings() -> LlamaForCausalLM:
+    model = make_model()
+    model.model.embed_tokens.requires_grad_(False)
+    return model
+
+
+# Each feature: what of the defaults it changes. Of different lengths, every process takes the mean of its own tokens.
+FEATURES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "a short last window": {"gradient_accumulation_steps": 3, "rows": make_rows(5 * 2 * 4), "num_train_epochs": 3},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "compute_loss_func": {"compute_loss_func": nats},
+    "compute_metrics": {"compute_metrics": accuracy, "eval_strategy": "steps", "eval_steps": 2},
+    "group by length": {
+        "train_sampling_strategy": "group_by_length", "rows": of_many_lengths(), "data_collator": pad,
+        "average_tokens_across_devices": False,
+    },
+    "workers": {"dataloader_num_workers": 2},
+    "a stream": {"rows": Stream()},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "torch.compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "bf16": {"bf16": True, "use_cpu": True, "tolerance": 2e-2},
+    "tied embeddings": {"make": lambda: make_model(tied=True)},
+    "frozen embeddings": {"make": frozen_embeddings},
+    "tokens seen": {"include_num_input_tokens_seen": "non_padding", "logging_strategy": "steps"},
+    "clipping that does not bite": {"max_grad_norm": 1e9},
+    "epochs": {"rows": make_rows(3 * 2 * 4), "max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"},
+    "a schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 2},
+}  # fmt: skip
+
+
+def run(
+    num_replicas: int | None, rows: Any = None, make: Any = make_model, tolerance: float = 0.0, **settings: Any
+) -> Any:
+    kwargs = {key: settings.pop(key) for key in ("compute_loss_func", "compute_metrics", "data_collator", "callbacks")
+              if key in settings}  # fmt: skip
+    kind = settings.pop("trainer", EDiTTrainer)
+    config = settings.pop("config", None) or EDiTConfig(**ONE_BIG_BATCH, num_replicas=num_replicas)
+    args = make_args(**{"max_steps": STEPS, "optim": "sgd", "learning_rate": 0.3, **settings})
+    trainer = kind(
+        model=make(), args=args, train_dataset=rows or make_rows(), eval_dataset=make_rows(8), edit_config=config,
+        **kwargs,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def losses(trainer: Any, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def features_agree_with_the_plain_trainer() -> dict[str, Any]:
+    """One replica is a plain Trainer (FSDP2 or DDP over all ranks); several must come to the same."""
+    found = {}
+    for name, settings in FEATURES.items():
+        plain, edit = run(1, **settings), run(None, **settings)
+        assert plain.edit_layout.num_replicas == 1
+        assert edit.edit_layout.num_replicas > 1
+        assert plain.accelerator.num_processes == edit.accelerator.num_processes == dist.get_world_size()
+        assert plain.state.global_step == edit.state.global_step
+        tolerance = settings.get("tolerance", 1e-5)
+        one, other, begun = parameters(plain), parameters(edit), settings.get("make", make_model)().state_dict()
+        apart = {n: float((one[n] - other[n]).norm() / one[n].norm()) for n in one}
+        assert all(distance <= tolerance for distance in apart.values()), (name, apart)
+        assert any(not torch.equal(one[n], begun[n]) for n in one) or dist.get_rank(), f"{name}: nothing was trained"
+        assert is_compiled(edit.model_wrapped) == (name == "torch.compile"), name
+        means = losses(edit, "edit/replica_loss_mean")
+        if "average_tokens_across_devices" not in settings and "eval" not in name:
+            assert means == pytest.approx(losses(plain, "loss"), rel=max(tolerance, 1e-5)), name
+        for key in ("eval_loss", "eval_accuracy"):
+            assert losses(edit, key) == pytest.approx(losses(plain, key), rel=max(tolerance, 1e-5)), (name, key)
+        assert edit.state.num_input_tokens_seen == plain.state.num_input_tokens_seen, name
+        found[name] = max(apart.values(), default=0.0)
+    return found
+
+
+class Wish(TrainerCallback):
+    """Wants something on one rank alone."""
+
+    def __init__(self, rank: int, step: int, flag: str, event: str = "on_step_end") -> None:
+        self.rank, self.step, self.flag = rank, step, flag
+        setattr(self, event, self.wish)
+
+    def wish(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index == self.rank and state.global_step == self.step:
+            setattr(control, self.flag, True)
+
+
+def what_one_rank_wants_all_do_at_the_next_sync() -> dict[str, Any]:
+    world = dist.get_world_size() if dist.is_initialized() else 4
+    wishes = [
+        Wish(rank=world - 1, step=3, flag="should_evaluate", event="on_log"),  # its own replica's loss was odd
+        Wish(rank=0, step=5, flag="should_save", event="on_substep_end"),
+        Wish(rank=1, step=9, flag="should_training_stop"),
+    ]
+    config = EDiTConfig(sync_interval=4)
+    saving = dict(save_strategy="steps", save_steps=1000, output_dir=str(FOLDER / "wishes"))
+    trainer = run(None, config=config, callbacks=wishes, max_steps=40, gradient_accumulation_steps=2, **saving)
+    found: list[Any] = [None] * dist.get_world_size()
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    dist.all_gather_object(found, (trainer.state.global_step, evaluated))
+    assert found == [(12, [4])] * dist.get_world_size(), found
+    if dist.get_rank() == 0:
+        assert [path.name for path in (FOLDER / "wishes").glob("checkpoint-*")] == ["checkpoint-8"]
+    return {}
+
+
+class TooLarge(EDiTTrainer):
+    """One rank cannot take more than one row at a time."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(inputs["input_ids"]) > 1 and dist.get_rank() == dist.get_world_size() - 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate a lot.")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def a_batch_too_large_for_one_rank_is_made_smaller_on_all() -> dict[str, Any]:
+    if int(run(None, max_steps=1).edit_layout.replica_size) > 1:
+        return {"not here": "the other ranks of its replica would wait in FSDP2's all-gather"}
+    trainer = run(None, trainer=TooLarge, auto_find_batch_size=True, max_steps=4, config=EDiTConfig(sync_interval=2))
+    assert trainer.state.global_step == 4
+    assert trainer._train_batch_size == 1
+    assert_replicas_equal(trainer)
+    return {}
+
+
+class Scaled(EDiTTrainer):
+    """With a gradient scaler, as fp16 has it; on one replica its first step overflows."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        scale = 2.0**127 if self.edit_layout.replica == 1 else 2.0
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=2.0**-110)
+
+
+def steps_that_fp16_skips_are_no_inner_steps() -> dict[str, Any]:
+    """One replica skips a step; all come to the same syncs nevertheless, and end alike."""
+    if int(run(None, max_steps=1).edit_layout.replica_size) > 1:
+        return {"not here": "torch's scaler has no common decision for FSDP2's shards on CPU"}
+    trainer = run(None, trainer=Scaled, max_steps=6, config=EDiTConfig(sync_interval=2))
+    steps: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, (trainer.edit_stats.inner_steps, trainer.edit_stats.syncs))
+    assert steps[0] == (6, 3), steps
+    assert steps[1] == (5, 3), steps
+    logged = [entry["edit/inner_steps"] for entry in trainer.state.log_history if "edit/inner_steps" in entry]
+    assert logged == [2 - 1 / trainer.edit_layout.num_replicas, 2, 2], logged
+    assert_replicas_equal(trainer)
+    return {"steps": steps}
+
+
+class Blocks(nn.Module):
+    """A mixture of blocks behind batch normalization: a row's first token says which block it passes."""
+
+    _no_split_modules = ("Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.blocks = nn.ModuleList(Block(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.norm(self.embed(input_ids).transpose(1, 2)).transpose(1, 2)
+        chosen = int(input_ids[0, 0]) % len(self.blocks)
+        x = x + self.blocks[chosen](x)
+        logits = self.head(x)
+        return {"loss": nn.functional.cross_entropy(logits.transpose(1, 2), labels), "logits": logits}
+
+
+class Block(nn.Linear):
+    pass
+
+
+def buffers_follow_and_blocks_may_rest() -> dict[str, Any]:
+    """Statistics of batch normalization are replica 0's after a sync; a rank need not run every block."""
+    if int(run(None, max_steps=1).edit_layout.replica_size) > 1:
+        return {"not here": "FSDP2 itself needs all ranks of a replica to run the same blocks"}
+    trainer = run(None, make=Blocks, config=EDiTConfig(sync_interval=2), max_steps=7, max_grad_norm=1.0)
+    assert trainer.edit_stats.syncs == 4
+    assert_replicas_equal(trainer)
+    buffers = named_tensors(trainer.model_wrapped)[1]
+    assert int(buffers["norm.num_batches_tracked"]) == 7
+    assert float(buffers["norm.running_mean"].abs().sum()) > 0
+    return {}
+
+
+class Broken(EDiTTrainer):
+    """The loss of one replica is not a number in step 3."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * (float("nan") if self.state.global_step == 2 and self.edit_layout.replica == 0 else 1.0)
+
+
+def losses_that_are_no_numbers_are_filtered_from_the_logs() -> dict[str, Any]:
+    for filtered in (True, False):
+        trainer = run(
+            None, trainer=Broken, logging_nan_inf_filter=filtered, config=EDiTConfig(sync_interval=4), max_steps=8
+        )
+        logged = torch.tensor(losses(trainer, "loss"))
+        # Its parameters stay broken until the sync leaves the replica out and gives it the others'.
+        wrong = 0 if filtered else (2 if trainer.edit_layout.replica == 0 else 0)
+        assert int(logged.isnan().sum()) == wrong, (filtered, logged)
+        assert_replicas_equal(trainer)
+    return {}
+
+
+def predictions_are_of_equal_replicas() -> dict[str, Any]:
+    trainer = run(None, config=EDiTConfig(sync_interval=4), compute_metrics=accuracy)
+    output = trainer.predict(make_rows(10))
+    assert output.predictions.shape[:2] == (10, 12)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, output.predictions.tobytes())
+    assert len(set(found)) == 1
+    return {"accuracy": output.metrics["test_accuracy"]}
+
+
+def assert_replicas_equal(trainer: Any) -> None:
+    params, buffers = named_tensors(trainer.model_wrapped)
+    for name, tensor in {**params, **buffers}.items():
+        mine = local_part(tensor).detach().contiguous()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine.numpy().tobytes())
+        size = trainer.edit_layout.replica_size
+        assert all(everyone[rank] == everyone[rank % size] for rank in range(len(everyone))), name
+
+
+if __name__ == "__main__":
+    main(globals())

@@ -1,0 +1,30 @@
+"""What the Trainer can do, with replicas, under every launcher that fits a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch.launching import accelerate_launch
+
+SCENARIOS = [
+    "features_agree_with_the_plain_trainer",
+    "what_one_rank_wants_all_do_at_the_next_sync",
+    "a_batch_too_large_for_one_rank_is_made_smaller_on_all",
+    "steps_that_fp16_skips_are_no_inner_steps",
+    "buffers_follow_and_blocks_may_rest",
+    "losses_that_are_no_numbers_are_filtered_from_the_logs",
+    "predictions_are_of_equal_replicas",
+]
+
+
+@pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
+def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("features.py")
+    output = accelerate_launch(config, script, str(tmp_path), *SCENARIOS, timeout=280)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert list(results) == SCENARIOS, output
+    left_out = [name for name, result in results.items() if "not here" in result]
+    assert left_out == ([] if config == "cpu_4x1.yaml" else SCENARIOS[2:5]), results
