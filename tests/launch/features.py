@@ -87,14 +87,14 @@ def run(
 ) -> Any:
     kwargs = {key: settings.pop(key) for key in ("compute_loss_func", "compute_metrics", "data_collator", "callbacks")
               if key in settings}  # fmt: skip
-    kind = settings.pop("trainer", EDiTTrainer)
+    kind, resume = settings.pop("trainer", EDiTTrainer), settings.pop("resume", None)
     config = settings.pop("config", None) or EDiTConfig(**ONE_BIG_BATCH, num_replicas=num_replicas)
     args = make_args(**{"max_steps": STEPS, "optim": "sgd", "learning_rate": 0.3, **settings})
     trainer = kind(
         model=make(), args=args, train_dataset=rows or make_rows(), eval_dataset=make_rows(8), edit_config=config,
         **kwargs,
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume)
     return trainer
 
 

@@ -30,11 +30,11 @@ FOLDER = Path(sys.argv[1])
 VOCABULARY, LENGTH, BATCH = 64, 12, 2
 
 
-def make_model(tied: bool = False) -> LlamaForCausalLM:
+def make_model(tied: bool = False, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             tie_word_embeddings=tied,
         )
     )  # fmt: skip

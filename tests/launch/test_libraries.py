@@ -1,0 +1,20 @@
+"""PEFT, TRL and Seq2SeqTrainer with replicas, under every launcher that fits a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch.launching import accelerate_launch
+
+SCENARIOS = ["only_adapters_cross_and_are_saved", "supervised_fine_tuning_with_trl", "sequence_to_sequence"]
+
+
+@pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
+def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    output = accelerate_launch(config, Path(__file__).with_name("libraries.py"), str(tmp_path), *SCENARIOS)
+    assert list(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))) == SCENARIOS, output
