@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -26,10 +25,8 @@ from hf_edit.accelerate_hook import (
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
 from hf_edit.groups import Layout, ProcessGroupPeers, ring_bytes
-from hf_edit.records import SyncRecord
 from hf_edit.telemetry import (
     EDiTStats,
-    GlobalCount,
     LossSpikeDetector,
     alert,
     go_offline_without_login,
@@ -38,6 +35,7 @@ from hf_edit.telemetry import (
     sync_logs,
 )
 from hf_edit.trainer_checkpoints import TrainerCheckpoints
+from hf_edit.trainer_counts import TrainerCounts
 
 logger = logging.getLogger(__name__)
 _FLAGS = {  # the engine's WISHES and the Trainer's flags
@@ -48,7 +46,7 @@ _FLAGS = {  # the engine's WISHES and the Trainer's flags
 }
 
 
-class EDiTMixin(TrainerCheckpoints):
+class EDiTMixin(TrainerCheckpoints, TrainerCounts):
     """Makes any Trainer subclass train with EDiT: `class EDiTSFTTrainer(EDiTMixin, SFTTrainer)`.
 
     Args:
@@ -64,7 +62,6 @@ class EDiTMixin(TrainerCheckpoints):
         ValueError: a setting that EDiT cannot train with; before any training.
     """
 
-    current_flos: float
     _globalstep_last_logged: int
 
     def __init__(self, *args: Any, edit_config: Any = None, **kwargs: Any) -> None:
@@ -127,10 +124,10 @@ class EDiTMixin(TrainerCheckpoints):
         self.edit_stats = EDiTStats()
         self._postponed.clear()
         self._stopping = self._batch_size_agreed = False
+        self._agreed: set[str] | None = None
         self._last_step = self._epoch_began_at = self.state.global_step
         self._spikes = LossSpikeDetector(self.edit_config.loss_spike_threshold)
-        self._input_tokens = GlobalCount(self.edit_layout.num_replicas, self.state.num_input_tokens_seen)
-        self._flos = GlobalCount(self.edit_layout.num_replicas, self.state.total_flos)
+        self._start_counts()
         self._engine = Engine(
             self.model_wrapped,
             self.optimizer,
@@ -147,15 +144,14 @@ class EDiTMixin(TrainerCheckpoints):
 
     def _rank_state(self) -> dict[str, Any]:
         """What this rank counts, for a checkpoint."""
-        return {"input_tokens": asdict(self._input_tokens), "flos": asdict(self._flos), "spikes": asdict(self._spikes)}
+        return {**self._counts(), "spikes": asdict(self._spikes)}
 
     def _restore_rank_state(self, state: dict[str, Any] | None) -> None:
         if state is None:  # another layout
             return
         assert self._engine is not None
         self._engine.load_tallies(state["tallies"])
-        self._input_tokens = GlobalCount(**state["input_tokens"])
-        self._flos = GlobalCount(**state["flos"])
+        self._restore_counts(state)
         self._spikes = LossSpikeDetector(**{**state["spikes"], "threshold": self.edit_config.loss_spike_threshold})
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -194,48 +190,6 @@ class EDiTMixin(TrainerCheckpoints):
             raise failure or RuntimeError("CUDA out of memory. (On another rank: all take a smaller batch.)")
         self._batch_size_agreed = True
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        # Private in transformers 5.23, as are the other underscored methods below; tests/launch counts the bytes that
-        # cross between replicas and compares losses, so it fails when one of them moves.
-        if self._engine is None or self._engine.warming_up:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        with self._gather_in_replica():
-            items = super()._get_num_items_in_batch(batch_samples, device)
-        if items is not None and self.args.average_tokens_across_devices:
-            # The loss is multiplied by all R * S processes, the gradient averaged over S: as if every replica had as
-            # many tokens as this one.
-            items = items * self.edit_layout.num_replicas
-        return items
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        if self._engine is None:
-            return super()._track_num_input_tokens(inputs)
-        before = self.state.num_input_tokens_seen
-        with self._gather_in_replica():
-            super()._track_num_input_tokens(inputs)
-        counted = self.state.num_input_tokens_seen - before
-        self._input_tokens.add(counted)
-        self._engine.tally(input_tokens=counted / self.edit_layout.replica_size)
-        self.state.num_input_tokens_seen = round(self._input_tokens.value)
-
-    def store_flos(self) -> None:
-        if self._engine is None:
-            return super().store_flos()
-        self._flos.add(self.current_flos * self.edit_layout.replica_size)
-        self._engine.tally(flos=self.current_flos)
-        self.current_flos = 0
-        self.state.total_flos = self._flos.value
-
-    @contextlib.contextmanager
-    def _gather_in_replica(self) -> Iterator[None]:
-        """Inside, this trainer's `accelerator.gather` reaches the ranks of the replica only."""
-        assert self._peers is not None
-        self.accelerator.gather = self._peers.gather_in_replica
-        try:
-            yield
-        finally:
-            del self.accelerator.gather
-
     # -- logs, evaluation, checkpoints, the end -----------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(
@@ -261,15 +215,10 @@ class EDiTMixin(TrainerCheckpoints):
         """
         engine = self._engine
         assert engine is not None
-        stepped, self._last_step = self.state.global_step > self._last_step, self.state.global_step
         self._postponed |= self._take_wishes()
-        warming_up, agreed = engine.warming_up, None
-        if stepped:
-            skipped = self.accelerator.optimizer_step_was_skipped
-            if not warming_up:
-                self.edit_stats.inner_steps += not skipped
-                self.edit_stats.hsdp_bytes += self._gradient_bytes
-            agreed = engine.step(self._postponed, skipped)
+        warming_up = engine.warming_up
+        stepped = self._count_step()
+        agreed, self._agreed = self._agreed, None
         if self._is_last() and not engine.replicas_equal:
             agreed = (engine.flush(self._postponed) or set()) | (agreed or set())
         if agreed is None and warming_up:
@@ -283,11 +232,24 @@ class EDiTMixin(TrainerCheckpoints):
                     "eval_steps and save_steps multiples of sync_interval to keep them where they are."
                 )
             return
-        self._postponed.clear()
+        self._postponed -= agreed
         if agreed:
             engine.sync.finish()
         for wish, flag in _FLAGS.items():
             setattr(self.control, flag, wish in agreed)
+
+    def _count_step(self) -> bool:
+        """Tells the engine of a step that it has not heard of; False if there is none."""
+        assert self._engine is not None
+        if self.state.global_step == self._last_step:
+            return False
+        self._last_step = self.state.global_step
+        skipped = self.accelerator.optimizer_step_was_skipped
+        if not self._engine.warming_up:
+            self.edit_stats.inner_steps += not skipped
+            self.edit_stats.hsdp_bytes += self._gradient_bytes
+        self._agreed = self._engine.step(self._postponed, skipped)
+        return True
 
     def _take_wishes(self) -> set[str]:
         wishes = {wish for wish, flag in _FLAGS.items() if getattr(self.control, flag)}
@@ -336,17 +298,6 @@ class EDiTMixin(TrainerCheckpoints):
                     alert(title, text)
             self.log(sync_logs(record))
 
-    def _hand_over_counts(self) -> None:
-        self._input_tokens.hand_over()
-        self._flos.hand_over()
-
-    def _settle_counts(self, record: SyncRecord) -> None:
-        self._input_tokens.settle(float(record.plan.tallies["input_tokens"].sum()))
-        self._flos.settle(float(record.plan.tallies["flos"].sum()))
-        self.state.total_flos = self._flos.value
-        if self.args.include_num_input_tokens_seen != "no":  # else it stays 0, as the Trainer leaves it
-            self.state.num_input_tokens_seen = round(self._input_tokens.value)
-
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self.edit_layout.replica_size > 1 and self._peers is None and self.edit_layout.num_replicas > 1:
             raise RuntimeError(
@@ -361,9 +312,15 @@ class EDiTMixin(TrainerCheckpoints):
         return super().predict(*args, **kwargs)
 
     def _make_replicas_equal(self, what: str) -> None:
-        if self._engine is not None and not self._engine.replicas_equal:
+        engine = self._engine
+        if engine is None:
+            return
+        if self.state.global_step > self._last_step:  # called by a callback, before the step was counted
+            self._postponed |= self._take_wishes()
+            self._count_step()
+        if not engine.replicas_equal:
             self._say_once(f"{what} was called between two syncs and brings the next one forward.")
-            self._engine.flush()
+            self._agreed = (engine.flush(self._postponed) or set()) | (self._agreed or set())
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         if self._engine is not None:

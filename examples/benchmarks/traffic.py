@@ -4,7 +4,7 @@
     sudo python examples/benchmarks/traffic.py --json traffic.json
 
 Trains a Llama on two hosts in pairs of runs that differ by 20 inner steps, or by one sync; the differences are what
-these cost. --busy turns on what else could leak: evaluation, logging every step, token counting.
+these cost. --busy turns on what else could leak: evaluation, logging every step, saving, token counting.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INNER_STEPS = 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--per_host", type=int, default=2, help="ranks on a host: 2 is FSDP2 shards, 1 is DDP")
-    parser.add_argument("--busy", action="store_true", help="evaluate, log every step, count tokens")
+    parser.add_argument("--busy", action="store_true", help="evaluate, log every step, save, count tokens")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     if (reason := unavailable()) is not None:

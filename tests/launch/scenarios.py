@@ -288,14 +288,21 @@ def saved_models_load_anywhere() -> dict[str, Any]:
 
 
 def training_twice_and_called_in_between() -> dict[str, Any]:
-    """A callback evaluates between two syncs: the sync is brought forward. train() works again."""
+    """A callback evaluates between two syncs: the sync is brought forward, with what was just learnt. train() again."""
 
     class Evaluate(TrainerCallback):
         trainer: Any = None
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 3:
+            if state.global_step in (3, 4):
                 self.trainer.evaluate()
+                sums = [
+                    float(part.detach().double().sum()) for unit in find_units(kwargs["model"]) for part in unit.parts()
+                ]
+                everyone: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(everyone, sums)
+                size = self.trainer.edit_layout.replica_size
+                assert all(everyone[rank] == everyone[rank % size] for rank in range(len(everyone))), state.global_step
 
     callback = Evaluate()
 
@@ -305,10 +312,10 @@ def training_twice_and_called_in_between() -> dict[str, Any]:
             callback.trainer = self
 
     trainer = train(EDiTConfig(sync_interval=4), trainer=WithCallback)
-    # Brought forward from 4 to 3, then 7, then the end.
-    assert trainer.edit_stats.syncs == 3
+    # Brought forward to 3 and to 4, then 8, then the end.
+    assert trainer.edit_stats.syncs == 4
     trainer.train()
-    assert trainer.edit_stats.syncs == 3
+    assert trainer.edit_stats.syncs == 4
     return {"steps": trainer.state.global_step}
 
 

@@ -30,13 +30,22 @@ ALLOWED: dict[str, set[str]] = {
     "telemetry": {"penalty", "records"},
     "loop": {"accelerate_hook", "checkpoint", "config", "engine", "groups", "manifest", "telemetry", "units"},
     "trainer_checkpoints": {"accelerate_hook", "checkpoint", "config", "engine", "groups", "manifest", "units"},
-    "trainer": {"accelerate_hook", "config", "engine", "groups", "records", "telemetry", "trainer_checkpoints"},
+    "trainer_counts": {"engine", "groups", "records", "telemetry"},
+    "trainer": {
+        "accelerate_hook",
+        "config",
+        "engine",
+        "groups",
+        "telemetry",
+        "trainer_checkpoints",
+        "trainer_counts",
+    },
     "__init__": {"config", "loop", "telemetry", "trainer"},
 }
 # Libraries that only these files may import.
 KEPT_TO: dict[str, set[str]] = {
     "accelerate": {"accelerate_hook", "loop", "trainer"},
-    "transformers": {"trainer", "trainer_checkpoints"},
+    "transformers": {"trainer", "trainer_checkpoints", "trainer_counts"},
     "torch.distributed.fsdp": {"units", "accelerate_hook"},
     "torch.nn.parallel": {"units"},
     "wandb": {"telemetry"},

@@ -1,0 +1,128 @@
+#!/usr/bin/env python
+"""What EDiTTrainer adds to a step: with one replica against the plain Trainer, and in an inner step of two replicas.
+
+    python examples/benchmarks/overhead.py --json overhead.json
+
+Pairs of trainings of the same Llama on the same data, in alternating order. One replica: a process with EDiTTrainer
+against one with Trainer. Two replicas of one rank: both ranks of an EDiT run between two syncs, against two plain
+trainings that know nothing of each other, at the same time on the same cores. A training's figure is the median of its
+steps; what is reported is the median of the pairs' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+WARM_UP_STEPS = 5
+HERE = Path(__file__).resolve().parent
+
+
+def step_seconds(kind: str, steps: int) -> float:
+    """The median duration of a step of one training in this process."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    from hf_edit import EDiTTrainer
+
+    class Clock(TrainerCallback):
+        ticks: list[float] = []  # noqa: RUF012  # one a class, and the class is made anew for every training
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ticks.append(time.perf_counter())
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
+    )
+    tokens = torch.randint(0, 2048, (256, 64), generator=torch.Generator().manual_seed(1))
+    args = TrainingArguments(
+        output_dir=tempfile.mkdtemp(), max_steps=steps + WARM_UP_STEPS, per_device_train_batch_size=4,
+        logging_steps=5, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    settings: dict[str, Any] = {"edit_config": {"sync_interval": 100_000}} if kind == "edit" else {}
+    trainer = (EDiTTrainer if kind == "edit" else Trainer)(
+        model=model, args=args, train_dataset=rows, callbacks=[Clock], **settings
+    )
+    trainer.train()
+    ticks = Clock.ticks[WARM_UP_STEPS - 1 :]
+    return statistics.median(after - before for before, after in itertools.pairwise(ticks))
+
+
+def one_replica(kind: str, steps: int) -> float:
+    return _in_processes([[sys.executable, __file__, "--worker", kind, "--steps", str(steps)]])
+
+
+def two_replicas(kind: str, steps: int) -> float:
+    worker = [__file__, "--worker", kind, "--steps", str(steps)]
+    if kind == "plain":
+        return _in_processes([[sys.executable, *worker]] * 2)
+    return _in_processes(
+        [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *worker]]
+    )
+
+
+def _in_processes(commands: list[list[str]]) -> float:
+    """Runs them at the same time; the mean of the step times that their processes print."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    running = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for c in commands
+    ]
+    found = []
+    for process in running:
+        output, errors = process.communicate(timeout=600)
+        if process.returncode:
+            sys.exit(f"overhead.py: a training failed:\n{errors[-4000:]}")
+        found += [float(line.split()[1]) for line in output.splitlines() if line.startswith("step_seconds ")]
+    return statistics.mean(found)
+
+
+def compare(measure: Any, pairs: int, steps: int) -> dict[str, Any]:
+    plain, edit = [], []
+    for number in range(pairs):
+        for kind in ("plain", "edit") if number % 2 == 0 else ("edit", "plain"):
+            (plain if kind == "plain" else edit).append(measure(kind, steps))
+        print(f"pair {number}: plain {plain[-1]:.4f} s, EDiT {edit[-1]:.4f} s, {edit[-1] / plain[-1]:.4f}", flush=True)
+    ratios = [mine / other for mine, other in zip(edit, plain, strict=True)]
+    return {"ratio": statistics.median(ratios), "ratios": ratios, "plain_seconds": plain, "edit_seconds": edit}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--pairs", type=int, default=9, help="pairs of trainings for each comparison")
+    parser.add_argument("--steps", type=int, default=60, help="steps of a training")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--worker", choices=["plain", "edit"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(f"step_seconds {step_seconds(arguments.worker, arguments.steps)}", flush=True)
+        return
+    result = {
+        "one_replica": compare(one_replica, arguments.pairs, arguments.steps),
+        "inner_step_of_two_replicas": compare(two_replicas, arguments.pairs, arguments.steps),
+    }
+    for name, figures in result.items():
+        print(f"{name:<30}{figures['ratio']:.4f} of the plain Trainer's step time")
+    if arguments.json:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+        told = {"command": " ".join(sys.argv), "commit": commit.stdout.strip(), "machine": platform.platform()}
+        arguments.json.write_text(json.dumps({**result, **told}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
