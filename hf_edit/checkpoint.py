@@ -70,31 +70,32 @@ def load_model(folder: Path, model: nn.Module, group: Any) -> None:
     _read(state, place, group)
 
 
-def load_outer(folder: Path, manifest: Manifest, sync: OuterSync, group: Any) -> bool:
-    """Anchor, outer momentum and detectors, in place; False if the checkpoint has no anchor (it is of the warm-up)."""
+def load_outer(folder: Path, manifest: Manifest, sync: OuterSync, group: Any) -> None:
+    """Anchor, outer momentum and detectors, in place. A checkpoint of the warm-up has no anchor, and leaves it."""
     place = folder / EDIT_FOLDER / "outer"
     saved = _saved_keys(place)
-    own = {f.name: torch.empty(saved[f"detector/{f.name}"].size, dtype=saved[f"detector/{f.name}"].properties.dtype)
-           for f in fields(DetectorState)}  # fmt: skip
-    has_anchor = any(key.startswith("anchor/") for key in saved)
+    kinds = {key.partition("/")[0] for key in saved}
+    detectors = {
+        f.name: torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
+        for f in fields(DetectorState)
+        if (key := f"detector/{f.name}")
+    }
     state = {key: tensor for key, tensor in outer_tensors(sync).items() if key in saved}
-    state |= {f"detector/{name}": tensor for name, tensor in own.items()}
-    users = [s.optimizer for s in sync.states if s.optimizer is not None]
-    for unit, outer in zip(sync.units, sync.states, strict=False):
-        if outer.optimizer is not None:
-            state |= _templates(list(zip(unit.names, unit.params, strict=True)), saved, "outer/", None)
+    state |= {f"detector/{name}": tensor for name, tensor in detectors.items()}
+    of_the_user = [
+        (outer.optimizer, list(zip(unit.names, unit.params, strict=True)))
+        for unit, outer in zip(sync.units, sync.states, strict=False)
+        if outer.optimizer is not None
+    ]
+    for _, owners in of_the_user:
+        state |= _templates(owners, saved, "outer/", None)
     _read(state, place, group)
-    for unit, outer in zip(sync.units, sync.states, strict=False):
-        if outer.optimizer is not None:
-            names = list(zip(unit.names, unit.params, strict=True))
-            _unpack_optimizer(outer.optimizer, names, state, "outer/", {}, whole=False)
-    if has_anchor and not users and any(s.momentum is not None for s in sync.states) and not any(
-        key.startswith("momentum/") for key in saved
-    ):  # fmt: skip
+    for optimizer, owners in of_the_user:
+        _unpack_optimizer(optimizer, owners, state, "outer/", {}, whole=False)
+    if "anchor" in kinds and "momentum" not in kinds and any(outer.momentum is not None for outer in sync.states):
         logger.warning("EDiT: the checkpoint has no outer momentum; it starts at zero.")
-    _place_detectors(sync, own, manifest)
+    _place_detectors(sync, detectors, manifest)
     sync.sync_count = manifest.sync_count
-    return has_anchor
 
 
 def load_inner(

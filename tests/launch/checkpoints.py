@@ -182,6 +182,16 @@ def a_users_outer_optimizer_resumes() -> dict[str, Any]:
     return {}
 
 
+def a_bf16_model_resumes() -> dict[str, Any]:
+    """Its anchor is fp32: more than its parameters hold."""
+    whole = run("half", model=make_model().to(torch.bfloat16))
+    resumed = run("half-8", str(FOLDER / "half" / "checkpoint-8"), model=make_model().to(torch.bfloat16))
+    assert any(t.dtype == torch.bfloat16 for n, t in whole.end.tensors.items() if n.startswith("param/"))
+    assert all(t.dtype == torch.float32 for n, t in whole.end.tensors.items() if n.startswith("anchor/"))
+    assert_same_end(whole, resumed, after=8)
+    return {}
+
+
 def limits_and_the_best_model() -> dict[str, Any]:
     """save_total_limit, save_only_model, save_strategy best and epoch, load_best_model_at_end, early stopping."""
     run("limit", save_total_limit=2)

@@ -15,6 +15,7 @@ SCENARIOS = [
     "a_checkpoint_that_is_not_whole_is_passed_over",
     "another_model_is_refused_another_method_is_told",
     "a_users_outer_optimizer_resumes",
+    "a_bf16_model_resumes",
     "limits_and_the_best_model",
 ]
 
