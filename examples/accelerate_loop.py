@@ -4,7 +4,9 @@
     accelerate launch --config_file accelerate_configs/cpu_2x2.yaml examples/accelerate_loop.py
 
 A line that ends in `# EDiT` is all that EDiT adds to the loop; one that ends in `# EDiT, was: ...` stood otherwise
-before. Without --model it trains a small Llama that reads bytes, without --dataset or --train_file on Python's language
+before. `edit.load(folder, scheduler=scheduler)` goes on from what `edit.save` wrote.
+
+Without --model it trains a small Llama that reads bytes, without --dataset or --train_file on Python's language
 reference, as `help()` has it. So it needs no download.
 """
 
@@ -113,7 +115,6 @@ def main() -> None:
             if step == script.max_steps:
                 break
         seconds, folder = perf_counter() - begun, Path(script.output_dir)
-        # To go on from it: edit.load(folder / "state", scheduler=scheduler).
         edit.save(folder / "state", scheduler=scheduler)  # EDiT, was: accelerator.save_state(folder / "state")
 
     weights = accelerator.get_state_dict(model)

@@ -62,7 +62,7 @@ class ScriptArguments:
 # What differs from TrainingArguments' and EDiTConfig's own defaults: a run of minutes on two CPU cores.
 DEFAULTS: dict[str, Any] = dict(
     output_dir="edit_classify",
-    max_steps=96,
+    max_steps=128,
     per_device_train_batch_size=16,
     per_device_eval_batch_size=64,
     learning_rate=1e-3,
@@ -101,6 +101,9 @@ def main() -> None:
         )
 
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=num_labels)
+    # The loss is a batch's mean, but BERT and others look as if they divided a sum by the Trainer's count of labels, so
+    # that the Trainer (5.23) would multiply it by the number of processes.
+    model.accepts_loss_kwargs = False
     # Accelerate 1.15 shards the word embeddings by themselves, and fails where the module around them, such as
     # BertEmbeddings, is sharded already.
     model._no_split_modules = [kind for kind in model._no_split_modules or () if not kind.endswith("Embeddings")]

@@ -5,7 +5,7 @@
 
 Without --model it starts from edit_pretrain, where examples/pretrain.py has left its Llama, or else from a small Llama
 that knows nothing; without --dataset or --train_file it learns sums that it makes up. So it needs no download.
---lora trains adapters only.
+--lora trains adapters only. TRL and peft: `pip install -e ".[examples,trl,peft]"`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ its own data.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -29,6 +30,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from hf_edit.config import EDiTConfig
 from hf_edit.groups import Layout, default_num_replicas
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(repr=False)
@@ -69,13 +72,17 @@ def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
     _check_launcher(args)
     if args.world_size == 1:
         return Layout.split(1, config.num_replicas or 1, 0)
-    _refuse_unsupported(args, model)
-    given = _given_replicas(args, check=config.num_replicas is None)
+    given = _given_parallelism(args)
     num_replicas = config.num_replicas or default_num_replicas(
-        args.world_size, fsdp=wants_fsdp(args), dp_replicate_size=given
+        args.world_size, fsdp=wants_fsdp(args), dp_replicate_size=given.dp_replicate_size if given else None
     )
+    if num_replicas == 1:
+        return Layout.split(args.world_size, 1, args.process_index)  # a plain Trainer, whatever it is asked to do
+    _refuse_unsupported(args, model)
+    if given is not None:
+        _refuse_axes(given, args, check_product=config.num_replicas is None)
     layout = Layout.split(args.world_size, num_replicas, args.process_index)
-    if layout.num_replicas > 1 and layout.replica_size > 1 and not wants_fsdp(args):
+    if layout.replica_size > 1 and not wants_fsdp(args):
         raise ValueError(
             f"num_replicas={num_replicas} on {args.world_size} processes gives replicas of {layout.replica_size} ranks,"
             " which need FSDP2, but FSDP is off. Set fsdp=True in TrainingArguments (or take an Accelerate config with "
@@ -84,25 +91,25 @@ def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
     return layout
 
 
-def _given_replicas(args: Any, check: bool) -> int | None:
-    """Accelerate's `dp_replicate_size`, from TrainingArguments or its config file; refuses what does not fit."""
-    given = args.parallelism_config
-    if given is None and _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        given = ParallelismConfig()
-    if given is None:
-        return None
+def _given_parallelism(args: Any) -> ParallelismConfig | None:
+    """Accelerate's axes, from TrainingArguments or its config file."""
+    if args.parallelism_config is None and _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return ParallelismConfig()
+    return args.parallelism_config
+
+
+def _refuse_axes(given: ParallelismConfig, args: Any, check_product: bool) -> None:
     for axis in ("tp", "cp", "sp"):
         if (size := getattr(given, f"{axis}_size")) > 1:
             raise ValueError(
                 f"{axis}_size={size}: EDiT shards a replica with FSDP2 (dp_shard) alone. Set {axis}_size to 1."
             )
     replicas, shards = given.dp_replicate_size, given.dp_shard_size
-    if check and shards > 1 and replicas * shards != args.world_size:
+    if check_product and shards > 1 and replicas * shards != args.world_size:
         raise ValueError(
             f"dp_replicate_size={replicas} times dp_shard_size={shards} is not the {args.world_size} processes of this "
             f"launch. Make their product {args.world_size}."
         )
-    return replicas
 
 
 def wants_fsdp(args: Any) -> bool:
@@ -113,7 +120,8 @@ def wants_fsdp(args: Any) -> bool:
 def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout) -> dict[str, Any]:
     """The arguments of `Accelerator` for `layout`, from those that the Trainer built."""
     on_cpu = args.device.type == "cpu"
-    if not wants_fsdp(args) or args.world_size == 1 or (layout.num_replicas == 1 and not on_cpu):
+    plain = layout.num_replicas == 1 and not (on_cpu and _fsdp_version(args) == 2)
+    if not wants_fsdp(args) or args.world_size == 1 or plain:
         if layout.num_replicas > 1:
             built["parallelism_config"] = None
         return built
@@ -204,7 +212,7 @@ def make_accelerator(config: EDiTConfig, settings: dict[str, Any]) -> Accelerato
     )
     layout = plan_layout(args, config)
     if layout.num_replicas > 1:
-        data.dispatch_batches = False  # or process 0 would send every batch of a stream to all replicas
+        read_everywhere(data)
     accelerator = Accelerator(**replica_accelerator_args({**settings, "dataloader_config": data}, args, layout))
     check_accelerator(accelerator, layout)
     accelerator.edit_layout = layout
@@ -229,6 +237,13 @@ def layout_of(accelerator: Accelerator, config: EDiTConfig) -> Layout:
             "EDiT the same edit_config."
         )
     return layout
+
+
+def read_everywhere(config: DataLoaderConfiguration) -> None:
+    """Every process reads the data itself; Accelerate would let process 0 send every batch of a stream to all."""
+    if config.dispatch_batches and PartialState().is_main_process:
+        logger.warning("EDiT: dispatch_batches=True is turned off: every process reads its own part of the data.")
+    config.dispatch_batches = False
 
 
 def keep_loader_local(accelerator: Accelerator) -> None:
@@ -262,7 +277,7 @@ def _refuse_unsupported(args: Any, model: Any) -> None:
     if _flag("ACCELERATE_USE_MEGATRON_LM"):
         raise ValueError("EDiT shards replicas with FSDP2, but Megatron-LM is on. Turn it off and set fsdp=True.")
     if wants_fsdp(args):
-        version = (args.fsdp_plugin_args or {}).get("fsdp_version") or int(os.environ.get("FSDP_VERSION", "1"))
+        version = _fsdp_version(args)
         if version != 2:
             raise ValueError(
                 f"fsdp_version={version}: EDiT needs FSDP2. Set fsdp_version: 2 in the Accelerate config file, or "
@@ -273,11 +288,10 @@ def _refuse_unsupported(args: Any, model: Any) -> None:
             "The model was sharded when it was loaded (DistributedConfig), so replicas cannot be formed any more. Load "
             "it without distributed_config; EDiTTrainer shards it."
         )
-    if args.accelerator_config.dispatch_batches:
-        raise ValueError(
-            "dispatch_batches=True: process 0 would send every batch to all replicas. Leave dispatch_batches unset; "
-            "every process then reads its own part of the data."
-        )
+
+
+def _fsdp_version(args: Any) -> int:
+    return (args.fsdp_plugin_args or {}).get("fsdp_version") or int(os.environ.get("FSDP_VERSION", "1"))
 
 
 def _flag(name: str) -> bool:

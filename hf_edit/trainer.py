@@ -20,6 +20,7 @@ from hf_edit.accelerate_hook import (
     check_accelerator,
     equalise_sampler_once,
     plan_layout,
+    read_everywhere,
     replica_accelerator_args,
 )
 from hf_edit.config import EDiTConfig
@@ -36,6 +37,7 @@ from hf_edit.telemetry import (
 )
 from hf_edit.trainer_checkpoints import TrainerCheckpoints
 from hf_edit.trainer_counts import TrainerCounts
+from hf_edit.units import is_prepared
 
 logger = logging.getLogger(__name__)
 _FLAGS = {  # the engine's WISHES and the Trainer's flags
@@ -63,6 +65,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
     """
 
     _globalstep_last_logged: int
+    is_fsdp_enabled: bool
 
     def __init__(self, *args: Any, edit_config: Any = None, **kwargs: Any) -> None:
         self.edit_config = EDiTConfig.load(edit_config)
@@ -100,8 +103,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
         super().create_accelerator_and_postprocess()
         check_accelerator(self.accelerator, self.edit_layout)
         if self.edit_layout.num_replicas > 1:
-            # Accelerate would let process 0 read an IterableDataset and send every batch to all replicas.
-            self.accelerator.dataloader_config.dispatch_batches = False
+            read_everywhere(self.accelerator.dataloader_config)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         built = super()._build_accelerator_args(**kwargs)
@@ -299,17 +301,27 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
             self.log(sync_logs(record))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        if self.edit_layout.replica_size > 1 and self._peers is None and self.edit_layout.num_replicas > 1:
-            raise RuntimeError(
-                "evaluate() before train(): FSDP2 shards the model together with its optimizer, when training starts. "
-                "Set eval_on_start=True to evaluate the untrained model."
-            )
         self._make_replicas_equal("evaluate")
-        return super().evaluate(*args, **kwargs)
+        with self._whole_until_trained():
+            return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         self._make_replicas_equal("predict")
-        return super().predict(*args, **kwargs)
+        with self._whole_until_trained():
+            return super().predict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _whole_until_trained(self) -> Iterator[None]:
+        """FSDP2 shards the model together with its optimizer, when training starts; before, each rank uses it whole."""
+        if not self.is_fsdp_enabled or not self.accelerator.is_fsdp2 or self._engine or is_prepared(self.model):
+            yield
+            return
+        self.model.to(self.args.device)
+        self.is_fsdp_enabled = False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = True
 
     def _make_replicas_equal(self, what: str) -> None:
         engine = self._engine

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 from accelerate import ParallelismConfig
 
-from tests.launch.scenarios import EDiTConfig, EDiTTrainer, compare, dist, make_args, make_model, make_rows, train
+from tests.launch.scenarios import (
+    EDiTConfig,
+    EDiTTrainer,
+    FSDPModule,
+    compare,
+    dist,
+    make_args,
+    make_model,
+    make_rows,
+    train,
+)
 
 FSDP = dict(fsdp=True, fsdp_config={"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
 
@@ -39,7 +49,13 @@ if __name__ == "__main__":
     odd = ParallelismConfig(dp_replicate_size=2, dp_shard_size=4)
     text = "dp_replicate_size=2 times dp_shard_size=4 is not the 4 processes"
     refused(ValueError, lambda: make(edit_config={}, parallelism_config=odd, **FSDP), text)
-    untrained = make(**FSDP)
-    refused(RuntimeError, untrained.evaluate, "evaluate() before train()")
+    untrained = make(eval_on_start=True, max_steps=1, **FSDP)
+    before = untrained.evaluate()["eval_loss"]  # whole; FSDP2 shards when training starts
+    assert not isinstance(untrained.model, FSDPModule)
+    untrained.train_dataset = make_rows()
+    untrained.train()
+    assert isinstance(untrained.model, FSDPModule)
+    started = next(entry["eval_loss"] for entry in untrained.state.log_history if "eval_loss" in entry)
+    assert abs(before - started) < 1e-5, (before, started)
     dist.barrier()
     print("passed: 2x2 and 4x1", flush=True)

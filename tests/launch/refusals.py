@@ -74,7 +74,6 @@ WRONG: dict[str, Callable[[], Any]] = {
     "DeepSpeed": under_deepspeed,
     "loaded in shards": lambda: make({"num_replicas": 2}, model=LoadedInShards(small().config)),
     "tensor parallelism": cut_by_tensor_parallelism,
-    "batches from process 0": lambda: make({"num_replicas": 2}, accelerator_config={"dispatch_batches": True}),
     "resume": lambda: make({"num_replicas": 2}).train(resume_from_checkpoint=True),
 }
 

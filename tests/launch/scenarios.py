@@ -192,7 +192,8 @@ class Stream(IterableDataset):
 
 def a_stream_is_read_by_every_process_itself() -> dict[str, Any]:
     """Accelerate would let process 0 read it and send the batches to everybody, in every step."""
-    trainer = train(EDiTConfig(sync_interval=4), rows=Stream())
+    asked = {"dispatch_batches": True}  # is turned off
+    trainer = train(EDiTConfig(sync_interval=4), rows=Stream(), accelerator_config=asked)
     assert not isinstance(trainer.callback_handler.train_dataloader, DataLoaderDispatcher)
     return compare(trainer, steps=9, tau=4)
 

@@ -75,3 +75,131 @@ def test_pretrain_reads_files(suffix: str, tmp_path: Path) -> None:
     assert summary["inner_steps"] == 5
     assert summary["syncs"] == 3
     assert "perplexity, trained" in output
+
+
+# -- the other examples, small ----------------------------------------------------------------------------------------
+
+
+def example(name: str, config: str, folder: Path, *arguments: str, **environment: str | None) -> tuple[str, dict]:
+    """Runs examples/NAME.py; its output and summary.json."""
+    output = accelerate_launch(
+        config, ROOT / "examples" / f"{name}.py", "--output_dir", str(folder), *arguments, **environment
+    )
+    return output, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def plain_finetune() -> str:
+    """examples/finetune.py with its two lines of EDiT put back to the Trainer's."""
+    source = (ROOT / "examples" / "finetune.py").read_text(encoding="utf-8")
+    code = source.split("from __future__", 1)[1]
+    for line, before in (
+        ("\nfrom hf_edit import EDiTTrainer\n", "\nfrom transformers import Trainer\n"),
+        ("    trainer = EDiTTrainer(\n", "    trainer = Trainer(\n"),
+    ):
+        assert code.count(line) == 1
+        code = code.replace(line, before)
+    assert "EDiT" not in code.replace('"edit/', "")
+    return '"""Plain."""\n\nfrom __future__' + code
+
+
+def plain_loop() -> str:
+    """examples/accelerate_loop.py without its lines of EDiT, and with the lines that stood in the others' place."""
+    lines = (ROOT / "examples" / "accelerate_loop.py").read_text(encoding="utf-8").splitlines()
+    code = lines[lines.index("from __future__ import annotations") :]
+    added = [line for line in code if line.endswith("# EDiT")]
+    assert 1 <= len(added) <= 5
+    plain = []
+    for line in code:
+        indent = line[: len(line) - len(line.lstrip())]
+        if line in added:
+            if line.lstrip().startswith("with "):
+                plain.append(f"{indent}if True:")
+        elif "# EDiT, was: " in line:
+            plain.append(indent + line.split("# EDiT, was: ")[1])
+        else:
+            plain.append(line)
+    assert not [line for line in plain if re.search(r"EDiT|\bedit\b(?!/)", line)]
+    return "\n".join(['"""Plain."""', "", *plain])
+
+
+SHORT = ["--disable_tqdm", "true", "--logging_steps", "8"]
+
+
+def test_finetune_syncs_as_edit_config_says(tmp_path: Path) -> None:
+    settings = tmp_path / "edit.yaml"
+    settings.write_text("sync_interval: 8\nouter_lr: 1.0\nouter_momentum: 0.0\n", encoding="utf-8")
+    _, summary = example(
+        "finetune", "cpu_2x2.yaml", tmp_path / "out", "--max_steps", "24", "--warmup_steps", "2",
+        "--max_eval_blocks", "32", "--block_size", "64", *SHORT, EDIT_CONFIG=str(settings),
+    )  # fmt: skip
+    assert summary["perplexity_after"] < summary["perplexity_before"] / 1.1
+    assert summary["syncs"] == 3
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_finetune_is_two_lines_away_from_a_plain_trainer(tmp_path: Path) -> None:
+    script = tmp_path / "plain.py"
+    script.write_text(plain_finetune(), encoding="utf-8")
+    output = accelerate_launch(
+        "cpu_4x1.yaml", script, "--output_dir", str(tmp_path / "out"), "--max_steps", "8", "--warmup_steps", "2",
+        "--max_eval_blocks", "16", "--block_size", "64", *SHORT,
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["perplexity_after"] < summary["perplexity_before"]
+    assert summary["syncs"] == 0
+    assert "EDiT:" not in output
+
+
+@pytest.mark.parametrize(("config", "lora"), [("cpu_4x1.yaml", False), ("cpu_2x2.yaml", True)])
+def test_sft(config: str, lora: bool, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    rows = [{"instruction": f"Say {i % 7} twice.", "input": "", "output": f"{i % 7} {i % 7}"} for i in range(200)]
+    train_file = tmp_path / "train.jsonl"
+    train_file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    output, summary = example(
+        "sft", config, tmp_path / "out", "--train_file", str(train_file), "--eval_examples", "32", "--max_steps", "16",
+        "--warmup_steps", "2", "--sync_interval", "8", "--per_device_train_batch_size", "2", *SHORT,
+        *(["--lora", "true"] if lora else []),
+    )  # fmt: skip
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.3
+    assert summary["syncs"] == 2
+    assert "right tokens" in output
+    assert (tmp_path / "out" / ("adapter_model.safetensors" if lora else "model.safetensors")).is_file()
+
+
+def test_classify_keeps_the_best(tmp_path: Path) -> None:
+    rows = [{"text": f"{word} film number {i}", "label": label} for i in range(120)
+            for label, word in enumerate(("dull", "fine", "great"))]  # fmt: skip
+    train_file = tmp_path / "train.jsonl"
+    train_file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    _, summary = example(
+        "classify", "cpu_2x2.yaml", tmp_path / "out", "--train_file", str(train_file), "--max_steps", "16",
+        "--warmup_steps", "2", "--sync_interval", "4", "--eval_steps", "8", "--save_steps", "8", "--vocab_size", "500",
+        "--per_device_train_batch_size", "8", *SHORT,
+    )  # fmt: skip
+    assert summary["layout"] == "2 replicas x 2 shards"
+    assert summary["accuracy_after"] > max(summary["accuracy_majority"], summary["accuracy_before"]) + 0.2
+    assert summary["syncs"] == 4
+    assert Path(summary["best_checkpoint"]).parent == tmp_path / "out"
+
+
+LOOP = ["--max_steps", "32", "--eval_steps", "32", "--batch_size", "2", "--block_size", "64", "--eval_blocks", "32"]
+
+
+def test_accelerate_loop(tmp_path: Path) -> None:
+    output, summary = example("accelerate_loop", "cpu_2x2.yaml", tmp_path, *LOOP, "--warmup_steps", "2")
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 1.0
+    assert summary["syncs"] == 2
+    assert output.count("'edit/pseudo_grad_norm'") == 2
+    assert (tmp_path / "state" / "edit" / "manifest.json").is_file()
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_accelerate_loop_is_a_plain_loop_with_a_few_lines_more(tmp_path: Path) -> None:
+    script = tmp_path / "plain.py"
+    script.write_text(plain_loop(), encoding="utf-8")
+    accelerate_launch("cpu_4x1.yaml", script, "--output_dir", str(tmp_path), *LOOP, "--warmup_steps", "2")
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 1.0
+    assert summary["syncs"] == 0

@@ -22,7 +22,6 @@ PROMISED = {
     "DeepSpeed": ["DeepSpeed is on", "set fsdp=True"],
     "loaded in shards": ["sharded when it was loaded (DistributedConfig)", "without distributed_config"],
     "tensor parallelism": ["tp_size=2", "Set tp_size to 1"],
-    "batches from process 0": ["dispatch_batches=True", "Leave dispatch_batches unset"],
     "resume": ["No valid checkpoint found in output directory"],
 }
 

@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "telemetry",
         "trainer_checkpoints",
         "trainer_counts",
+        "units",
     },
     "__init__": {"config", "loop", "telemetry", "trainer"},
 }
