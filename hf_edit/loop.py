@@ -55,6 +55,7 @@ class EDiT:
         self._model, self._optimizer = model, optimizer
         self._engine: Engine | None = None
         self._hook: Any = None
+        self._last_logs: list[dict[str, float]] = []
         if accelerator.is_main_process:
             plain = "" if self.layout.num_replicas > 1 else ": nothing to sync"
             logger.warning("EDiT: %s%s.", self.layout, plain)
@@ -100,6 +101,7 @@ class EDiT:
             return
         if kind is None:
             self.flush()
+            self._last_logs = self.logs()
         else:
             self._engine.abandon()
         self._engine.close()
@@ -129,7 +131,10 @@ class EDiT:
 
     def logs(self) -> list[dict[str, float]]:
         """The `edit/...` entries of each sync that has ended since the last call, for `accelerator.log`."""
-        return [] if self._engine is None else [sync_logs(record) for record in self._engine.take_records()]
+        if self._engine is not None:
+            return [sync_logs(record) for record in self._engine.take_records()]
+        found, self._last_logs = self._last_logs, []  # of the sync that ended the `with` block
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Anchor, outer momentum and detectors by name, sharded like the model and sharing memory, and the counters.

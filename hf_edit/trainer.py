@@ -164,7 +164,11 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
         main_input_name = getattr(self.model, "main_input_name", "input_ids")
         main_input = inputs.get(main_input_name) if isinstance(inputs, Mapping) else None
         tokens = main_input.numel() if isinstance(main_input, Tensor) else 0
-        with self._same_batch_size() if self.args.auto_find_batch_size else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self.args.auto_find_batch_size:
+                stack.enter_context(self._same_batch_size())
+            if not self._engine.warming_up:  # what a user's or TRL's compute_loss gathers, say for its metrics
+                stack.enter_context(self._gather_in_replica())
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._engine.tally(loss=loss / self.edit_layout.replica_size, tokens=tokens)
         return loss

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import recursively_apply
 from transformers import Trainer
 
 from hf_edit.engine import Engine
@@ -75,9 +77,9 @@ class TrainerCounts(_TrainerToBe):
 
     @contextlib.contextmanager
     def _gather_in_replica(self) -> Iterator[None]:
-        """Inside, this trainer's `accelerator.gather` reaches the ranks of the replica only."""
+        """Inside, `accelerator.gather` (and so `gather_for_metrics`) reaches the ranks of the replica only."""
         assert self._peers is not None
-        self.accelerator.gather = self._peers.gather_in_replica
+        self.accelerator.gather = partial(recursively_apply, self._peers.gather_in_replica)
         try:
             yield
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,21 @@ def only_adapters_cross_and_are_saved() -> dict[str, Any]:
 
 
 class EDiTSFTTrainer(EDiTMixin, SFTTrainer):
-    pass
+    """Counts what TRL gathers over other replicas in its training steps."""
+
+    crossing = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        gather, members = dist.all_gather, []
+
+        def counted(parts: Any, tensor: Any, group: Any = None, **settings: Any) -> Any:
+            members.append(dist.get_world_size(group))
+            return gather(parts, tensor, group=group, **settings)
+
+        with mock.patch.object(dist, "all_gather", counted), mock.patch.object(dist, "all_gather_into_tensor", counted):
+            loss = super().training_step(*args, **kwargs)
+        self.crossing += sum(size > self.edit_layout.replica_size for size in members)
+        return loss
 
 
 class EDiTSeq2SeqTrainer(EDiTMixin, Seq2SeqTrainer):
@@ -104,6 +119,8 @@ def supervised_fine_tuning_with_trl() -> dict[str, Any]:
         trainer.train()
         assert trainer.edit_layout.num_replicas > 1
         assert trainer.edit_stats.syncs == 6
+        assert trainer.crossing == 0, f"{trainer.crossing} gathers over other replicas in training steps"
+        assert any("mean_token_accuracy" in entry for entry in trainer.state.log_history), "TRL's metrics are gone"
         assert_replicas_equal(trainer)
         evaluated = losses(trainer, "eval_loss")
         assert evaluated[-1] < evaluated[0] - (0.5 if peft is None else 0.0), evaluated

@@ -69,6 +69,8 @@ def a_loop_is_the_simulation() -> dict[str, Any]:
         assert apart <= 1e-5, apart
     # Due after steps 5 and 8, each finished in the step that follows.
     assert [entry["edit/inner_steps"] for entry in loop.logs] == [3, 3]
+    assert [entry["edit/inner_steps"] for entry in edit.logs()] == [1]  # the end's
+    assert edit.logs() == []
     return {}
 
 
