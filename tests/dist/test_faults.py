@@ -72,9 +72,9 @@ def test_the_healthy_replicas_move_as_if_alone() -> None:
         if step == 1:  # one inner step is done, the second is the last before the sync
             original = engine.schedule.advance
 
-            def advance() -> bool:
+            def advance(*args: bool) -> bool:
                 local[engine.peers.layout.rank] = [full(p) for p in model.parameters()]
-                return original()
+                return original(*args)
 
             engine.schedule.advance = advance
 
@@ -139,9 +139,9 @@ def test_one_broken_unit_leaves_the_others_alone() -> None:
         if step == 3 and engine.peers.replica == 1:
             original = engine.schedule.advance
 
-            def advance() -> bool:
+            def advance(*args: bool) -> bool:
                 spoil(model, math.nan, only="blocks.0")
-                return original()
+                return original(*args)
 
             engine.schedule.advance = advance
 
