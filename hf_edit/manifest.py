@@ -20,6 +20,7 @@ from hf_edit.units import named_tensors
 
 EDIT_FOLDER = "edit"
 FORMAT = 1
+MARK = "EDiTCheckpointMark"  # in trainer_state.json, with the step: this checkpoint has an edit/
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,19 @@ def problem(folder: Path, trainer: bool = True) -> str | None:
     """
     if not folder.is_dir():
         return "there is no such folder"
+    marked = not trainer
     if trainer:
         try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         except OSError:
             return "it has no trainer_state.json"
         except ValueError:
             return "its trainer_state.json breaks off"
+        mark = state.get("stateful_callbacks", {}).get(MARK)
+        marked = bool(mark) and mark["args"]["step"] == state["global_step"]
     if not has_edit_state(folder):
-        return None if trainer else "it has no edit/"
+        # Where a deletion was cut off, all else may still be there.
+        return "it has no edit/, which it was saved with" if marked else None
     try:
         manifest = Manifest.read(folder)
     except OSError:

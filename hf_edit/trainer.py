@@ -35,7 +35,7 @@ from hf_edit.telemetry import (
     sync_events,
     sync_logs,
 )
-from hf_edit.trainer_checkpoints import TrainerCheckpoints
+from hf_edit.trainer_checkpoints import EDiTCheckpointMark, TrainerCheckpoints
 from hf_edit.trainer_counts import TrainerCounts
 from hf_edit.units import is_prepared
 
@@ -78,6 +78,8 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
         self._say_what_trains()
         if self.edit_layout.num_replicas > 1:
             self.add_callback(_EngineDriver(self))
+            if not self.args.save_only_model:
+                self.add_callback(EDiTCheckpointMark())
 
     def _say_what_trains(self) -> None:
         if not self.is_world_process_zero():

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 import hf_edit.checkpoint as checkpoint
 from hf_edit.accelerate_hook import full_state_dict, save_sharded, saves_sharded
@@ -20,6 +21,7 @@ from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
 from hf_edit.groups import Layout, ProcessGroupPeers
 from hf_edit.manifest import (
+    MARK,
     Manifest,
     check_model,
     checkpoints,
@@ -32,6 +34,22 @@ from hf_edit.manifest import (
 from hf_edit.units import reshard
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
+
+
+class EDiTCheckpointMark(TrainerCallback, ExportableState):
+    """Says in trainer_state.json that this step's checkpoint has an `edit/`: without it, it is not whole."""
+
+    def __init__(self, step: int = -1) -> None:
+        self.step = step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.stateful_callbacks.setdefault(MARK, {})  # the state of a plain Trainer's checkpoint has no place for it
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"step": self.step}, "attributes": {}}
 
 
 class TrainerCheckpoints(_TrainerToBe):

@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import recursively_apply
 from transformers import Trainer
 
+from hf_edit.accelerate_hook import of_nested
 from hf_edit.engine import Engine
 from hf_edit.groups import Layout, ProcessGroupPeers
 from hf_edit.records import SyncRecord
@@ -79,7 +78,7 @@ class TrainerCounts(_TrainerToBe):
     def _gather_in_replica(self) -> Iterator[None]:
         """Inside, `accelerator.gather` (and so `gather_for_metrics`) reaches the ranks of the replica only."""
         assert self._peers is not None
-        self.accelerator.gather = partial(recursively_apply, self._peers.gather_in_replica)
+        self.accelerator.gather = of_nested(self._peers.gather_in_replica)
         try:
             yield
         finally:

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "telemetry": {"penalty", "records"},
     "loop": {"accelerate_hook", "checkpoint", "config", "engine", "groups", "manifest", "telemetry", "units"},
     "trainer_checkpoints": {"accelerate_hook", "checkpoint", "config", "engine", "groups", "manifest", "units"},
-    "trainer_counts": {"engine", "groups", "records", "telemetry"},
+    "trainer_counts": {"accelerate_hook", "engine", "groups", "records", "telemetry"},
     "trainer": {
         "accelerate_hook",
         "config",

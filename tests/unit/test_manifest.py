@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torch import nn
 
-from hf_edit.manifest import Manifest, check_model, checkpoints, differences, problem, seal, start
+from hf_edit.manifest import MARK, Manifest, check_model, checkpoints, differences, problem, seal, start
 
 
 def manifest(**changes: object) -> Manifest:
@@ -27,7 +28,8 @@ def write(folder: Path) -> Path:
     (folder / "edit" / "outer" / "__0_0.distcp").write_bytes(b"12345")
     (folder / "model.safetensors").write_bytes(b"123")
     seal(folder, manifest())
-    (folder / "trainer_state.json").write_text("{}", encoding="utf-8")
+    state = {"global_step": 4, "stateful_callbacks": {MARK: {"args": {"step": 4}}}}
+    (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
     return folder
 
 
@@ -47,6 +49,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "file cut off": (lambda f: cut(f / "edit/outer/__0_0.distcp"), "__0_0.distcp is 4 bytes, 5 bytes were written"),
     "state missing": (lambda f: (f / "trainer_state.json").unlink(), "it has no trainer_state.json"),
     "state cut off": (lambda f: cut(f / "trainer_state.json"), "its trainer_state.json breaks off"),
+    "deletion cut off": (lambda f: shutil.rmtree(f / "edit"), "it has no edit/, which it was saved with"),
     "begun again": (start, "it has no trainer_state.json"),
 }
 
@@ -72,7 +75,11 @@ def test_what_is_not_whole_is_told(how: str, tmp_path: Path) -> None:
 def test_a_plain_trainers_checkpoint_is_whole_with_its_state(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text("{}", encoding="utf-8")
     assert problem(tmp_path) is None
-    assert problem(tmp_path, trainer=False) == "it has no edit/"
+    assert problem(tmp_path, trainer=False) == "it has no edit/, which it was saved with"
+    # Continued from a run of several replicas, its state still has that run's mark, of an earlier step.
+    state = {"global_step": 8, "stateful_callbacks": {MARK: {"args": {"step": 4}}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    assert problem(tmp_path) is None
     assert problem(tmp_path / "nowhere") == "there is no such folder"
 
 
