@@ -75,11 +75,8 @@ def load_outer(folder: Path, manifest: Manifest, sync: OuterSync, group: Any) ->
     place = folder / EDIT_FOLDER / "outer"
     saved = _saved_keys(place)
     kinds = {key.partition("/")[0] for key in saved}
-    detectors = {
-        f.name: torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
-        for f in fields(DetectorState)
-        if (key := f"detector/{f.name}")
-    }
+    metas = {f.name: saved[f"detector/{f.name}"] for f in fields(DetectorState)}
+    detectors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in metas.items()}
     state = {key: tensor for key, tensor in outer_tensors(sync).items() if key in saved}
     state |= {f"detector/{name}": tensor for name, tensor in detectors.items()}
     of_the_user = [

@@ -199,6 +199,7 @@ class EDiT:
         host = checkpoint.load_inner(folder, manifest, self.layout, self._model, self._optimizer, group)
         for name, thing in stateful.items():
             thing.load_state_dict(host[name])
+        self._engine.abandon()  # a sync that was under way belongs to what is given up
         self._start(manifest.schedule_step).load(folder, manifest)
         if host["rank"] is not None:
             self._engine.load_tallies(host["rank"]["tallies"])

@@ -137,7 +137,7 @@ def check_model(manifest: Manifest, model: nn.Module, folder: Path) -> None:
     differing = [
         *(f"{name} {saved[name]} is in the checkpoint only" for name in saved if name not in mine),
         *(f"{name} {mine[name]} is trained in the model only" for name in mine if name not in saved),
-        *(f"{name} is {saved[n]} there, {mine[n]} here" for n in mine if (name := n) in saved and saved[n] != mine[n]),
+        *(f"{n} is {saved[n]} there, {mine[n]} here" for n in mine if n in saved and saved[n] != mine[n]),
     ]
     if differing:
         more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""

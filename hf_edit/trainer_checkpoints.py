@@ -19,7 +19,7 @@ import hf_edit.checkpoint as checkpoint
 from hf_edit.accelerate_hook import full_state_dict, save_sharded, saves_sharded
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
-from hf_edit.groups import Layout, ProcessGroupPeers
+from hf_edit.groups import Layout
 from hf_edit.manifest import (
     MARK,
     Manifest,
@@ -53,19 +53,13 @@ class EDiTCheckpointMark(TrainerCallback, ExportableState):
 
 
 class TrainerCheckpoints(_TrainerToBe):
-    """The part of `EDiTMixin` that saves and resumes."""
+    """The part of `EDiTMixin` that saves and resumes; peers, counts and equal replicas are the mixin's own."""
 
     edit_config: EDiTConfig
     edit_layout: Layout
     _engine: Engine | None
     _resumed: tuple[Path, Manifest] | None = None
     _resumed_host: dict[str, Any]
-
-    def _get_peers(self) -> ProcessGroupPeers:
-        raise NotImplementedError
-
-    def _say_once(self, text: str) -> None:
-        raise NotImplementedError
 
     # -- which one ----------------------------------------------------------------------------------------------------
 
@@ -83,9 +77,8 @@ class TrainerCheckpoints(_TrainerToBe):
     def _choose_checkpoint(self, asked: Any) -> Any:
         named = None if asked is True else Path(asked)
         found = checkpoints(Path(self.args.output_dir) if named is None else named.absolute().parent)
-        if self.edit_layout.num_replicas == 1 and not any(
-            map(has_edit_state, [*found[:1], *([named] if named else [])])
-        ):
+        candidates = found[:1] if named is None else [named]
+        if self.edit_layout.num_replicas == 1 and not any(map(has_edit_state, candidates)):
             return asked  # a plain Trainer's affair
         problems = self._problems_on_all_ranks(found if named is None else [named, *found])
         whole = next((path for path in found if problems[str(path)] is None), None)
@@ -175,9 +168,6 @@ class TrainerCheckpoints(_TrainerToBe):
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
-    def _rank_state(self) -> dict[str, Any]:
-        raise NotImplementedError
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._engine is None:
             return super()._save_checkpoint(model, trial)
@@ -188,9 +178,6 @@ class TrainerCheckpoints(_TrainerToBe):
                 start(folder)
             dist.barrier()  # nobody writes into it before
         super()._save_checkpoint(model, trial)
-
-    def _make_replicas_equal(self, what: str) -> None:
-        raise NotImplementedError
 
     def _writes_shared(self) -> bool:
         """True on the rank that makes and seals the folder: the world's first, or each host's with its own disk."""

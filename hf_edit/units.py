@@ -81,7 +81,8 @@ def is_prepared(model: nn.Module) -> bool:
 
 def is_compiled(model: nn.Module) -> bool:
     """True if torch.compile traces the model or a part of it: hooks that come and go would be traced anew each time."""
-    # _compiled_call_impl is private in torch 2.13; nn.Module.compile() leaves no other trace. tests/dist watches it.
+    # _compiled_call_impl is private in torch 2.13; nn.Module.compile() leaves no other trace. Every test fails
+    # when it moves.
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
 
 
@@ -135,11 +136,7 @@ def start_averaging_gradients(model: nn.Module, average: Callable[[Tensor], None
 
     `average` takes a gradient that is already averaged over the replica and averages it over the replicas, in place.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_all_reduce_hook(average)
-        elif isinstance(module, DistributedDataParallel):
-            module.require_backward_grad_sync = module.require_forward_param_sync = True
+    _route_gradients(model, average, ddp_averages=True)
 
 
 def keep_gradients_local(model: nn.Module) -> None:
@@ -148,20 +145,21 @@ def keep_gradients_local(model: nn.Module) -> None:
     FSDP2 shards over the replica alone and needs no hook. DDP is left in the state of its `no_sync()`: a communication
     hook would still exchange the map of unused parameters in every backward pass.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_all_reduce_hook(None)  # type: ignore[arg-type]  # None is its initial value in torch 2.13
-        elif isinstance(module, DistributedDataParallel):
-            module.require_backward_grad_sync = False
-            module.require_forward_param_sync = False  # or the next forward pass would still broadcast the buffers
+    _route_gradients(model, None, ddp_averages=False)
 
 
 def release(model: nn.Module) -> None:
-    """Gradients are treated as before: DDP averages them again."""
-    start_averaging_gradients(model, lambda gradient: None)
+    """Gradients are treated as before training: DDP averages them again."""
+    _route_gradients(model, None, ddp_averages=True)
+
+
+def _route_gradients(model: nn.Module, hook: Callable[[Tensor], None] | None, ddp_averages: bool) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_all_reduce_hook(None)  # type: ignore[arg-type]
+            module.set_all_reduce_hook(hook)  # type: ignore[arg-type]  # None is its initial value in torch 2.13
+        elif isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = ddp_averages
+            module.require_forward_param_sync = ddp_averages  # else the next forward pass still broadcasts buffers
 
 
 def reshard(model: nn.Module) -> None:

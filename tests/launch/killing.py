@@ -114,6 +114,7 @@ def one_life(folder: Path, wait: float) -> None:
 
 def main() -> None:
     folder, seed, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder.mkdir(parents=True, exist_ok=True)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     chance = random.Random(seed)
