@@ -102,15 +102,8 @@ def load_inner(
 
     Replica i takes the state of saved replica i mod R. The counts since the last sync are kept by their own rank only.
     """
-    place = folder / EDIT_FOLDER / f"replica-{layout.replica % manifest.num_replicas}"
-    same = (layout.num_replicas, layout.replica_size) == (manifest.num_replicas, manifest.replica_size)
-    shard = layout.shard if layout.replica_size == manifest.replica_size else 0
-    if not place.is_dir():
-        raise ValueError(
-            f"{place} is not there: this host sees only a part of the checkpoint. Put output_dir on a file system that "
-            "all hosts share, or resume with the replicas on the hosts that saved them."
-        )
-    host = torch.load(place / f"host-{shard}.pt", map_location="cpu", weights_only=True)
+    host = read_host(folder, manifest, layout)
+    place = _replica_folder(folder, manifest, layout)
     owners = _owners(optimizer, model)
     saved = _saved_keys(place)
     state = _templates(owners, saved, "", layout if layout.replica_size == manifest.replica_size else None)
@@ -122,7 +115,25 @@ def load_inner(
     _read(state, place, group)
     rest = host.pop("optimizer")
     _unpack_optimizer(optimizer, owners, state, "", rest, whole=True)
+    return host
+
+
+def read_host(folder: Path, manifest: Manifest, layout: Layout) -> dict[str, Any]:
+    """The host values that this rank, or the one in its place, saved; "rank" is None in another layout."""
+    place = _replica_folder(folder, manifest, layout)
+    same = (layout.num_replicas, layout.replica_size) == (manifest.num_replicas, manifest.replica_size)
+    shard = layout.shard if layout.replica_size == manifest.replica_size else 0
+    if not place.is_dir():
+        raise ValueError(
+            f"{place} is not there: this host sees only a part of the checkpoint. Put output_dir on a file system that "
+            "all hosts share, or resume with the replicas on the hosts that saved them."
+        )
+    host = torch.load(place / f"host-{shard}.pt", map_location="cpu", weights_only=True)
     return host if same else {**host, "rank": None}
+
+
+def _replica_folder(folder: Path, manifest: Manifest, layout: Layout) -> Path:
+    return folder / EDIT_FOLDER / f"replica-{layout.replica % manifest.num_replicas}"
 
 
 # -- tensors by name ---------------------------------------------------------------------------------------------------

@@ -138,6 +138,11 @@ class EDiTConfig:
                 "syncs. Give sync_interval=1 to sync after every step."
             )
         if self.sync_seconds is None:
+            if self.overlap == "delayed" and _is_int(self.delay_steps, at_least=self.sync_interval + 1):
+                raise ValueError(
+                    f"delay_steps={self.delay_steps}, but a sync begins every sync_interval={self.sync_interval} inner "
+                    "steps: a delayed one must be applied by then. Set delay_steps to at most sync_interval."
+                )
             return
         if not _is_number(self.sync_seconds) or not 0 < self.sync_seconds < math.inf:
             raise ValueError(f"sync_seconds={self.sync_seconds!r}: a number of seconds above 0 is needed.")
@@ -188,20 +193,6 @@ class EDiTConfig:
         if callable(values["outer_optimizer"]):
             values["outer_optimizer"] = getattr(values["outer_optimizer"], "__qualname__", "callable")
         return values
-
-    def check_supported(self) -> None:
-        """Refuses what this version cannot do with several replicas.
-
-        Raises:
-            ValueError: `sync_seconds` or overlap="delayed".
-        """
-        if self.sync_seconds is not None:
-            raise ValueError(
-                f"sync_seconds={self.sync_seconds}: this version syncs by steps only. Leave sync_seconds out and set "
-                "sync_interval."
-            )
-        if self.overlap == "delayed":
-            raise ValueError('overlap="delayed" is not in this version. Use overlap="forward".')
 
     @property
     def warmup_steps(self) -> int:

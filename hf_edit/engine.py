@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import hf_edit.checkpoint as checkpoint
+from hf_edit.background import Runner, in_thread
 from hf_edit.config import EDiTConfig
 from hf_edit.equality import Buffers, check_agreement, make_replicas_equal
 from hf_edit.groups import ProcessGroupPeers
 from hf_edit.manifest import Manifest, trained_parameters
 from hf_edit.records import SyncRecord
-from hf_edit.schedule import SyncSchedule
+from hf_edit.schedule import GlobalProgress, SyncSchedule
 from hf_edit.sync import OuterSync
 from hf_edit.units import find_units, is_compiled, keep_gradients_local, release, start_averaging_gradients
 
@@ -40,7 +42,9 @@ class Engine:
         peers: this rank's groups.
         first_step: optimizer steps that were taken before, which count for the warm-up.
         on_begin: called when a sync begins and takes the tallies with it.
+        last_step: global progress at which a sync is due whatever the time (A-EDiT); None: there is no end.
         clock: monotonic seconds.
+        runner: what runs a delayed sync beside the training.
 
     Raises:
         ValueError: configuration or model differ between the ranks.
@@ -56,7 +60,9 @@ class Engine:
         *,
         first_step: int = 0,
         on_begin: Callable[[], None] | None = None,
+        last_step: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        runner: Runner[Any] = in_thread,
     ) -> None:
         self.config = config
         self.peers = peers
@@ -67,10 +73,16 @@ class Engine:
         self.units = find_units(model)
         self.schedule = SyncSchedule(config.sync_interval, config.sync_seconds, config.warmup_steps, clock)
         self.schedule.step = first_step
-        self.sync = OuterSync(self.units, peers, peers.sum_in_replica, config, optimizer)
+        self.progress = GlobalProgress(peers.replica, settled=float(first_step))
+        self.sync = OuterSync(self.units, peers, peers.sum_in_replica, config, optimizer, clock, runner)
         self.tallies: dict[str, Any] = dict.fromkeys(TALLIES, 0.0)
         # Hooks that come and go would have a compiled model traced anew for every sync.
-        self._in_forward = config.overlap != "none" and not is_compiled(model)
+        self._in_forward = config.overlap == "forward" and not is_compiled(model)
+        self._delay_steps = config.delay_steps if config.overlap == "delayed" else 0
+        self._last_step = last_step
+        self._all_met = False
+        if self.by_time:
+            peers.lead(True)  # whatever it needs is made now
         make_replicas_equal(model, peers)
         self._buffers = Buffers(model, peers)
         if self.schedule.warming_up:
@@ -98,9 +110,15 @@ class Engine:
         for name, amount in amounts.items():
             self.tallies[name] = self.tallies[name] + amount
 
+    @property
+    def by_time(self) -> bool:
+        """True for A-EDiT, where replicas take different numbers of steps."""
+        return self.config.sync_seconds is not None
+
     def before_optimizer_step(self) -> None:
         """Ends a sync whose units were not all used by the forward pass."""
-        self.sync.finish()
+        if not self._delay_steps:
+            self.sync.finish()
 
     def step(self, wishes: Collection[str] = (), skipped: bool = False) -> set[str] | None:
         """One optimizer step was taken, or skipped by fp16's scaler: begins the sync if it is due.
@@ -109,33 +127,67 @@ class Engine:
             wishes: what this rank wants done on equal replicas; any of `WISHES`.
 
         Returns:
-            What any rank wanted, the same on all of them, if a sync has begun; else None.
+            What any rank wanted, the same on all of them, if all replicas have come to know it: when a sync has begun,
+            or with overlap="delayed" when it was applied; else None.
         """
         was_warming_up = self.schedule.warming_up
+        if self.sync.exchanged_at is not None:
+            self.schedule.restart_timer(self.sync.exchanged_at)
         due = self.schedule.advance(skipped)
-        if was_warming_up and not self.schedule.warming_up:
-            make_replicas_equal(self._model, self.peers)  # machines of different kinds may round differently
-            self._end_warmup()
-        if not due:
+        self.progress.take_step()
+        if was_warming_up:
+            self.progress.hand_over()
+            self.progress.settle([1.0] * self.peers.num_replicas)
+            if not self.schedule.warming_up:
+                make_replicas_equal(self._model, self.peers)  # machines of different kinds may round differently
+                self._end_warmup()
             return None
-        agreed = self._begin(wishes)
-        if self._in_forward:
-            self.sync.apply_in_forward()
-        else:
-            self.sync.finish()
+        agreed = None
+        if self._delay_steps and self.sync.pending and self.schedule.turns >= self._delay_steps:
+            agreed = self._settle()
+        if self._is_due(due) and not self.sync.pending:
+            self._begin(wishes, beside=self._delay_steps > 0)
+            if not self._delay_steps:
+                agreed = self._settle(in_forward=self._in_forward)
         return agreed
 
-    def flush(self, wishes: Collection[str] = ()) -> set[str] | None:
+    def _is_due(self, due: bool) -> bool:
+        if not self.by_time:
+            return due
+        if self._last_step is not None:  # a delayed sync is applied that much later, and the end is decided then
+            due = due or self.progress.value + self._delay_steps >= self._last_step
+        return self.peers.lead(due)
+
+    def flush(self, wishes: Collection[str] = (), *, always: bool = False) -> set[str] | None:
         """Makes the replicas equal: ends a sync under way, and syncs what was learnt since the last one.
 
-        Arguments and result are those of `step`; None if there was nothing to sync.
+        Args:
+            always: come to a sync even if there is nothing to tell, because others may be waiting for one.
+
+        Arguments and result are else those of `step`; None if there was nothing to sync.
         """
+        agreed = None
+        if self._delay_steps and self.sync.pending:
+            agreed = self._settle()
         self.sync.finish()
-        if not self.schedule.turns:
-            return None
-        agreed = self._begin(wishes)
-        self.sync.finish()
+        if self.schedule.turns or always:
+            self._begin(wishes)
+            agreed = self._settle() | (agreed or set())
         return agreed
+
+    def meet(self) -> None:
+        """Makes the replicas equal, when each calls it in its own time: joins the others' syncs until all are here.
+
+        For a loop whose replicas take different numbers of steps. One that waits here has no step to tell of, and
+        weighs nothing.
+        """
+        if self._delay_steps and self.sync.pending:
+            self._settle()
+        self.sync.finish()
+        self._all_met = False
+        while not self._all_met:
+            self._begin(("meet",))
+            self._settle()
 
     def agree(self, wishes: Collection[str]) -> set[str]:
         """What any rank wants, the same on all of them; all replicas call it at the same step."""
@@ -151,19 +203,34 @@ class Engine:
         """Forgets a sync under way; for a training that was broken off."""
         self.sync.abandon()
 
-    def _begin(self, wishes: Collection[str]) -> set[str]:
-        # Inner steps are equal on all ranks of a replica, and what is gathered is the sum over them.
-        inner_steps = self.schedule.inner_steps / self.peers.layout.replica_size
-        asked = {name: float(name in wishes) for name in WISHES}
-        self.sync.begin({**self.tallies, **asked, "buffers": self._buffers.changed(), "inner_steps": inner_steps})
+    def _begin(self, wishes: Collection[str], beside: bool = False) -> None:
+        # Steps are equal on all ranks of a replica, and what is gathered is the sum over them.
+        steps = {"inner_steps": self.schedule.inner_steps, "turns": self.schedule.turns}
+        counts = {name: count / self.peers.layout.replica_size for name, count in steps.items()}
+        asked = {name: float(name in wishes) for name in (*WISHES, "meet")}
+        self.sync.begin({**self.tallies, **asked, "buffers": self._buffers.changed(), **counts}, beside=beside)
         self.tallies = dict.fromkeys(TALLIES, 0.0)
+        self.schedule.restart()
+        self.progress.hand_over()
         if self._on_begin is not None:
             self._on_begin()
-        # The next forward pass cannot begin without the plan, so nothing is lost by waiting for it here.
+
+    def _settle(self, in_forward: bool = False) -> set[str]:
+        """Waits until all replicas have come to the sync under way, and carries it out; what any rank wanted.
+
+        Args:
+            in_forward: carry it out in the next forward pass, which cannot begin without what is awaited here.
+        """
         shared = self.sync.decide().tallies
-        self.schedule.restart()
+        self.schedule.restart_timer(self.sync.exchanged_at)
+        self.progress.settle([round(turns) for turns in shared["turns"].tolist()])
+        if in_forward:
+            self.sync.apply_in_forward()
+        else:
+            self.sync.finish(went_on=self.schedule.turns > 0)
         if float(shared["buffers"].sum()) > 0:
             self._buffers.follow_first_replica()
+        self._all_met = float(shared["meet"].min()) > 0
         return {name for name in WISHES if float(shared[name].sum()) > 0}
 
     def take_records(self) -> list[SyncRecord]:
@@ -185,6 +252,7 @@ class Engine:
         if write_outer:
             checkpoint.save_outer(folder, self._model, self.sync, group)
         host["rank"]["tallies"] = {name: float(value) for name, value in self.tallies.items()}
+        host["rank"]["progress"] = asdict(self.progress)
         checkpoint.save_inner(folder, self.peers.layout, self._model, self._optimizer, host, group)
 
     def manifest(self, step: int) -> Manifest:
@@ -212,14 +280,16 @@ class Engine:
         """Where this rank is in the schedule, and its counts since the last sync."""
         counts = {name: float(value) for name, value in self.tallies.items()}
         steps = {"step": self.schedule.step, "inner_steps": self.schedule.inner_steps, "turns": self.schedule.turns}
-        return {**counts, **steps, "sync_count": self.sync.sync_count}
+        return {**counts, **steps, "sync_count": self.sync.sync_count, "progress": self.progress.settled}
 
     def load_counters(self, counters: dict[str, float]) -> None:
         self.tallies = {name: counters[name] for name in TALLIES}
         self.schedule.step, self.schedule.turns = int(counters["step"]), int(counters["turns"])
         self.schedule.inner_steps = int(counters["inner_steps"])
         self.sync.sync_count = int(counters["sync_count"])
+        self.progress.settled = counters["progress"]
 
-    def load_tallies(self, tallies: dict[str, float]) -> None:
-        """This rank's counts at the time of the checkpoint."""
-        self.tallies.update(tallies)
+    def load_rank(self, state: dict[str, Any]) -> None:
+        """This rank's counts at the time of the checkpoint, as `save` has put them into `host["rank"]`."""
+        self.tallies.update(state["tallies"])
+        self.progress = GlobalProgress(**state["progress"])

@@ -20,6 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# A long pipe is filled by several all-reduces at a time (gloo runs two), so a large tensor goes in pieces of this size.
+PIECE_BYTES = 8 << 20
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -154,8 +157,9 @@ class ProcessGroupPeers:
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> Pending:
         self.bytes_sent += ring_bytes(sum(t.nbytes for t in tensors), self.num_replicas)
+        pieces = [piece for t in tensors for piece in t.view(-1).split(max(1, PIECE_BYTES // t.element_size()))]
         with self._blame():
-            works = [dist.all_reduce(t, group=self.sync_group, async_op=True) for t in tensors]
+            works = [dist.all_reduce(piece, group=self.sync_group, async_op=True) for piece in pieces]
         return _Works(works, self)
 
     def commit(self, sync: int) -> bool:
@@ -185,6 +189,22 @@ class ProcessGroupPeers:
         if self.layout.replica_size > 1:
             dist.all_reduce(tensor, group=self.replica_group)
         return tensor
+
+    def lead(self, decision: bool) -> bool:
+        """The `decision` of this replica's first rank, on all of its ranks; it travels in host memory."""
+        if self.layout.replica_size == 1:
+            return decision
+        bit = torch.tensor([decision], dtype=torch.uint8)
+        dist.broadcast(bit, src=self.layout.replica_ranks(self.replica)[0], group=self._host_group)
+        return bool(bit.item())
+
+    @functools.cached_property
+    def _host_group(self) -> dist.ProcessGroup:
+        """All ranks make it together, at their first `lead`."""
+        if "cpu:" in dist.get_backend_config(self.replica_group):
+            return self.replica_group
+        all_ranks = [self.layout.replica_ranks(i) for i in range(self.num_replicas)]
+        return _own_group(all_ranks, self.timeout, backend="gloo")
 
     def gather_in_replica(self, tensor: Tensor) -> Tensor:
         """`tensor` of each rank of this replica, one after the other along dim 0."""
@@ -259,9 +279,9 @@ class _Works:
                 work.wait()
 
 
-def _own_group(all_ranks: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+def _own_group(all_ranks: list[list[int]], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
     """This rank's group among `all_ranks`. A group of its own keeps syncs apart from everybody else's collectives."""
-    mine, _ = dist.new_subgroups_by_enumeration(all_ranks, timeout=timeout)
+    mine, _ = dist.new_subgroups_by_enumeration(all_ranks, timeout=timeout, backend=backend)
     if mine is None:
         raise RuntimeError(f"rank {dist.get_rank()} is in none of the groups {all_ranks}")
     return mine

@@ -61,7 +61,6 @@ class EDiT:
             logger.warning("EDiT: %s%s.", self.layout, plain)
         if self.layout.num_replicas == 1:
             return
-        self.config.check_supported()
         if not is_prepared(model):
             raise ValueError(
                 f"The model is a plain {type(model).__name__}. Give EDiT what accelerator.prepare(model, optimizer) "
@@ -100,7 +99,7 @@ class EDiT:
         if self._engine is None:
             return
         if kind is None:
-            self.flush()
+            self._engine.meet()
             self._last_logs = self.logs()
         else:
             self._engine.abandon()
@@ -125,9 +124,21 @@ class EDiT:
             self._engine.step(skipped=self._accelerator.optimizer_step_was_skipped)
 
     def flush(self) -> None:
-        """Makes the replicas equal: syncs what was learnt since the last sync. To be called on all ranks."""
-        if self._engine is not None:
+        """Makes the replicas equal: syncs what was learnt since the last sync. To be called on all ranks.
+
+        With `sync_seconds` each replica comes to it in its own time, and waits for the others.
+        """
+        if self._engine is None:
+            return
+        if self._engine.by_time:
+            self._engine.meet()
+        else:
             self._engine.flush()
+
+    @property
+    def progress(self) -> float:
+        """Optimizer steps of all replicas / R; between two syncs an estimate. For the learning rate of A-EDiT."""
+        return 0.0 if self._engine is None else self._engine.progress.value
 
     def logs(self) -> list[dict[str, float]]:
         """The `edit/...` entries of each sync that has ended since the last call, for `accelerator.log`."""
@@ -141,9 +152,14 @@ class EDiT:
 
         Reading it changes nothing. With torch.distributed.checkpoint it can be saved as it is and loaded in place.
         Parameters and inner optimizer are yours to save, for each replica; `save` does all of it.
+
+        Raises:
+            RuntimeError: a delayed sync is under way, which is no part of it.
         """
         if self._engine is None:
             return {}
+        if self._engine.sync.pending and self.config.overlap == "delayed":
+            raise RuntimeError("A delayed sync is under way; what it brings is not in the state yet. flush() first.")
         return {**checkpoint.outer_tensors(self._engine.sync), "counters": self._engine.counters()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -202,5 +218,5 @@ class EDiT:
         self._engine.abandon()  # a sync that was under way belongs to what is given up
         self._start(manifest.schedule_step).load(folder, manifest)
         if host["rank"] is not None:
-            self._engine.load_tallies(host["rank"]["tallies"])
+            self._engine.load_rank(host["rank"])
         return manifest.schedule_step

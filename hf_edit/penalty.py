@@ -68,6 +68,7 @@ def detect_anomalies(
     alpha: float,
     warmup_syncs: int,
     max_consecutive: int,
+    idle: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, DetectorState]:
     """Which replicas are to be left out of which units (Algorithm 2, anomaly elimination).
 
@@ -77,22 +78,26 @@ def detect_anomalies(
 
     Args:
         norms: [U, R], G of each unit of each replica.
+        idle: [R] bool, replicas that did no step: their norms are neither judged nor do they feed the statistics.
 
     Returns:
         anomalous [U, R] bool, restarted [U, R] bool, and the detectors' next state.
     """
     finite = norms.isfinite()
+    judged = torch.ones_like(finite) if idle is None else (~idle).expand(finite.shape)
     spike = torch.zeros_like(finite)
     if threshold is not None:
-        spike = finite & (state.count >= warmup_syncs) & (z_score(norms, state.mean, state.variance) > threshold)
+        spike = judged & finite & (state.count >= warmup_syncs)
+        spike &= z_score(norms, state.mean, state.variance) > threshold
     passed = finite & ~spike
+    feeds = passed & judged
     mean, variance = ema_update(state.mean, state.variance, state.count, norms.where(finite, 0.0), alpha)
-    streak = torch.where(spike, state.streak + 1, 0)
+    streak = torch.where(spike, state.streak + 1, torch.where(judged, 0, state.streak))
     restarted = streak >= max_consecutive
     after = DetectorState(
-        mean=torch.where(passed, mean, state.mean).masked_fill(restarted, 0.0),
-        variance=torch.where(passed, variance, state.variance).masked_fill(restarted, 0.0),
-        count=(state.count + passed).masked_fill(restarted, 0),
+        mean=torch.where(feeds, mean, state.mean).masked_fill(restarted, 0.0),
+        variance=torch.where(feeds, variance, state.variance).masked_fill(restarted, 0.0),
+        count=(state.count + feeds).masked_fill(restarted, 0),
         streak=streak.masked_fill(restarted, 0),
     )
     return ~passed, restarted, after
@@ -142,3 +147,12 @@ def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
     if max_norm is None:
         return torch.ones_like(norm)
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def weighed(pseudo_gradient: Tensor, weight: float) -> Tensor:
+    """`weight` times the pseudo-gradient, in place; a weight of 0 gives zeros whatever it holds (0 * inf is NaN).
+
+    >>> weighed(torch.tensor([2.0, torch.inf]), 0.0)
+    tensor([0., 0.])
+    """
+    return pseudo_gradient.zero_() if weight == 0.0 else pseudo_gradient.mul_(weight)

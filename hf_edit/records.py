@@ -13,14 +13,16 @@ from hf_edit.penalty import effective_replicas
 class SyncPlan:
     """What all ranks have decided, from the same exchanged numbers, about a sync. Host tensors; U units, R replicas.
 
-    `norms`, `weights` [U, R] float64; `anomalous`, `restarted` [U, R] bool; `rolled_back` [U] bool;
-    `tallies` maps each tally's name to its sum over the ranks of each replica, [R] float64.
+    `norms`, `weights` [U, R] float64; `anomalous`, `restarted` [U, R] bool. `unchanged` [U] bool: nobody has anything
+    to add; `rolled_back` [U] bool: because of anomalies. `tallies` maps each tally's name to its sum over the ranks of
+    each replica, [R] float64.
     """
 
     norms: Tensor
     weights: Tensor
     anomalous: Tensor
     restarted: Tensor
+    unchanged: Tensor
     rolled_back: Tensor
     tallies: dict[str, Tensor]
 

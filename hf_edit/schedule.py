@@ -6,7 +6,7 @@ Pure: the clock is an input, and what the ranks of a replica must agree on is th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -19,7 +19,7 @@ class SyncSchedule:
 
     Args:
         sync_interval: inner steps between syncs; not looked at when `sync_seconds` is set.
-        sync_seconds: seconds between syncs (A-EDiT), from the end of one to the start of the next; or None.
+        sync_seconds: seconds between syncs (A-EDiT), from the moment that all replicas have come to one; or None.
         warmup_steps: synchronous steps first; they are no inner steps.
         clock: monotonic seconds.
 
@@ -35,10 +35,10 @@ class SyncSchedule:
     step: int = 0
     inner_steps: int = 0  # since the last sync
     turns: int = 0  # since the last sync, skipped steps too
-    _restarted_at: float = field(init=False)
+    _timed_from: float | None = field(init=False)  # None: the timer stands still until restart_timer()
 
     def __post_init__(self) -> None:
-        self._restarted_at = self.clock()
+        self._timed_from = self.clock()
 
     @property
     def warming_up(self) -> bool:
@@ -50,16 +50,86 @@ class SyncSchedule:
         if self.warming_up:
             self.step += not skipped
             if not self.warming_up:
-                self._restarted_at = self.clock()
+                self._timed_from = self.clock()
             return False
         self.step += not skipped
         self.inner_steps += not skipped
         self.turns += 1
         if self.sync_seconds is not None:
-            return self.clock() - self._restarted_at >= self.sync_seconds
+            return self._timed_from is not None and self.clock() - self._timed_from >= self.sync_seconds
         return self.turns >= self.sync_interval
 
     def restart(self) -> None:
-        """A sync has been carried out: the next interval begins now, after the wait."""
+        """A sync begins: its steps are counted off, and the timer stands still until all replicas have come to it."""
         self.inner_steps = self.turns = 0
-        self._restarted_at = self.clock()
+        self._timed_from = None
+
+    def restart_timer(self, at: float | None = None) -> None:
+        """All replicas came to the sync at the time `at` (default: now), so they are in step again, whoever waited."""
+        if self._timed_from is None:
+            self._timed_from = self.clock() if at is None else at
+
+    def rest_timer(self) -> None:
+        """What all replicas did together since the last sync (an evaluation) does not count into the interval."""
+        self._timed_from = self.clock()
+
+
+@dataclass
+class GlobalProgress:
+    """Steps of all replicas / R: exact at every sync, in between estimated from this replica's own (A-EDiT).
+
+    `recent` [R] holds each replica's steps in the last syncs, the older the less; from it follows how far all
+    replicas together come in one step of this one.
+
+    >>> fast = GlobalProgress(replica=0)
+    >>> for _ in range(10): fast.take_step()
+    >>> fast.value                # nothing is known of the others: as if they were as fast
+    10.0
+    >>> fast.hand_over()          # a sync begins
+    >>> fast.settle([10.0, 5.0])  # and has told
+    >>> fast.take_step()
+    >>> fast.value                # 7.5, and three quarters
+    8.25
+    """
+
+    replica: int
+    settled: float = 0.0
+    own_steps: int = 0  # since the last sync began
+    handed_over: int = 0  # told to a sync under way
+    recent: list[float] = field(default_factory=list)
+    furthest: float = 0.0  # what the replica that was most hopeful estimated when they last met
+
+    @property
+    def rate(self) -> float:
+        """Global steps in one step of this replica."""
+        return self._rate_of(self.replica)
+
+    @property
+    def value(self) -> float:
+        """The estimate; never needs the other replicas."""
+        return self.settled + self.rate * (self.handed_over + self.own_steps)
+
+    @property
+    def when_met(self) -> float:
+        """The exact value where all have taken as many steps since the last sync began: none, or its delay."""
+        return self.settled + self.own_steps
+
+    def take_step(self) -> None:
+        self.own_steps += 1
+
+    def hand_over(self) -> None:
+        """A sync begins, which will tell the steps of all replicas up to now."""
+        self.handed_over, self.own_steps = self.handed_over + self.own_steps, 0
+
+    def settle(self, steps: Sequence[float]) -> None:
+        """The replicas took `steps` [R] between the last two syncs' beginnings."""
+        estimates = [self._rate_of(i) * (count + self.own_steps) for i, count in enumerate(steps)]
+        self.furthest = max(self.furthest, self.settled + max(estimates))
+        self.settled += sum(steps) / len(steps)
+        self.handed_over = 0
+        before = self.recent or [0.0] * len(steps)
+        self.recent = [old / 2 + new for old, new in zip(before, steps, strict=True)]
+
+    def _rate_of(self, replica: int) -> float:
+        taken = self.recent[replica] if self.recent else 0.0
+        return sum(self.recent) / len(self.recent) / taken if taken > 0 else 1.0

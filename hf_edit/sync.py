@@ -1,13 +1,17 @@
 """One outer sync (EDiT, Algorithm 2): exchange norms, average pseudo-gradients, step the anchor, write it back.
 
-A sync is begun after an inner step and finished at once (overlap="none") or unit by unit in the next forward pass
-(overlap="forward"): while a unit computes, the all-reduce of the next one is under way, on the process group's own
-threads (gloo) or stream (NCCL). Everything else runs on the current stream, so no further ordering is needed but that
-of a unit's all-gather after the write to its shards.
+A sync is begun after an inner step, and there are three ways to carry it out. At once (overlap="none"). Unit by unit in
+the next forward pass (overlap="forward"): while a unit computes, the all-reduce of the next one is under way, on the
+process group's own threads (gloo) or stream (NCCL). Or beside the steps that follow (overlap="delayed"): the parameters
+go on from where they are, and at the end take the difference between the new anchor and where they were.
+
+But for the all-reduces everything runs on the current stream, so no further ordering is needed but that of a unit's
+all-gather after the write to its shards.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +22,16 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from hf_edit.background import BackgroundReduction, Runner, in_thread, to_host
 from hf_edit.config import EDiTConfig
 from hf_edit.groups import Peers, Pending
 from hf_edit.measure import HostCopy, Stopwatch
 from hf_edit.outer import OuterRule, OuterState, apply_outer_step, new_state
-from hf_edit.penalty import DetectorState, clip_factor, detect_anomalies, norm_weights, share_weights
+from hf_edit.penalty import DetectorState, clip_factor, detect_anomalies, norm_weights, share_weights, weighed
 from hf_edit.records import SyncPlan, SyncRecord
 from hf_edit.units import Unit
 
+logger = logging.getLogger(__name__)
 PREFETCHED_UNITS = 1  # all-reduces under way beyond the unit that is being applied: two units' buffers in all
 
 
@@ -38,10 +44,12 @@ class _Running:
     tally_names: list[str]
     bytes_before: int
     plan: SyncPlan | None = None
+    detectors: DetectorState | None = None  # after this sync
+    beside: BackgroundReduction | None = None
     launched: int = 0  # units whose all-reduce has been started; always in the units' order
     works: dict[int, tuple[Tensor, Pending] | None] = field(default_factory=dict)
     applied: set[int] = field(default_factory=set)
-    square_norms: dict[int, Tensor] = field(default_factory=dict)
+    square_norms: dict[int, Tensor] = field(default_factory=dict)  # of the averages, over the replica where clipped
     factors: dict[int, Tensor] = field(default_factory=dict)
     wait_seconds: float = 0.0
 
@@ -55,7 +63,8 @@ class OuterSync:
         sum_in_replica: sums a tensor over this replica's ranks, in place, and returns it.
         config: the method's settings.
         optimizer: the inner optimizer; its state of a unit is cleared where the unit went non-finite.
-        clock: seconds, for the records.
+        clock: monotonic seconds.
+        runner: what runs a delayed sync beside the training.
     """
 
     def __init__(
@@ -65,7 +74,8 @@ class OuterSync:
         sum_in_replica: Callable[[Tensor], Tensor],
         config: EDiTConfig,
         optimizer: Any = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.monotonic,
+        runner: Runner[Any] = in_thread,
     ) -> None:
         self.units = list(units)
         self.peers = peers
@@ -76,6 +86,8 @@ class OuterSync:
         self._sum_in_replica = sum_in_replica
         self._optimizer = optimizer
         self._clock = clock
+        self._runner = runner
+        self.exchanged_at: float | None = None  # when all replicas had come to the sync under way
         self._rule: Any = config.outer_optimizer
         if not callable(self._rule):
             self._rule = OuterRule.named(config.outer_optimizer, config.outer_lr, config.outer_momentum)
@@ -98,11 +110,12 @@ class OuterSync:
         return self._running is not None
 
     @torch.no_grad()
-    def begin(self, tallies: dict[str, Tensor | float]) -> None:
-        """Starts a sync: sends this replica's norms and tallies. The parameters must not change until `finish`.
+    def begin(self, tallies: dict[str, Tensor | float], *, beside: bool = False) -> None:
+        """Starts a sync: sends this replica's norms and tallies.
 
         Args:
             tallies: scalars to sum over this replica's ranks and to share with all replicas, by name.
+            beside: all of it runs beside the training. Else the parameters must not change until `finish`.
         """
         if self._running is not None:
             raise RuntimeError("A sync is under way already; finish() it before the next one begins.")
@@ -110,18 +123,26 @@ class OuterSync:
             bytes_before = self.peers.bytes_sent
             begun_at = self._clock()
             self.sync_count += 1
-            norms = [torch.linalg.vector_norm(self._pseudo_gradient(unit, s)) for unit, s in self._pairs()]
+            self.exchanged_at = None
+            deltas, norms = [], []
+            for unit, state in self._pairs():
+                delta = self._pseudo_gradient(unit, state)
+                norms.append(torch.linalg.vector_norm(delta).double().square())
+                if beside:
+                    deltas.append(to_host(delta))
             scalars = [torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in tallies.values()]
-            vector = torch.stack([*(norm.double().square() for norm in norms), *scalars])
-            gathered = self.peers.gather(self._sum_in_replica(vector))
-            self._running = _Running(begun_at, gathered, list(tallies), bytes_before)
+            gathered = self.peers.gather(self._sum_in_replica(torch.stack([*norms, *scalars])))
+            run = self._running = _Running(begun_at, gathered, list(tallies), bytes_before)
+            if beside:
+                decide = partial(self._plan, run)
+                run.beside = BackgroundReduction(decide, deltas, self.peers, self._device, self._runner)
 
     def decide(self) -> SyncPlan:
         """Waits until all replicas have come to the sync under way; what they decided."""
         if self._running is None:
             raise RuntimeError("No sync is under way; begin() one first.")
         with self._exposed:
-            return self._plan(self._running)
+            return self._await_plan(self._running)
 
     def apply_in_forward(self) -> None:
         """The sync under way will be carried out unit by unit in the next forward pass."""
@@ -131,9 +152,19 @@ class OuterSync:
                 # Before FSDP2's own hook, which gathers the shards.
                 self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
 
-    def finish(self) -> None:
-        """Carries out what is left of the sync under way; nothing if there is none."""
-        if self._running is None:
+    def finish(self, *, went_on: bool = False) -> None:
+        """Carries out what is left of the sync under way; nothing if there is none.
+
+        Args:
+            went_on: the parameters have changed since `begin`, and keep what they have learnt.
+        """
+        run = self._running
+        if run is None:
+            return
+        if run.beside is not None:
+            plan = self.decide()
+            with self._exposed:
+                self._apply_beside(run, run.beside, plan, went_on)
             return
         with self._exposed:
             for index in range(len(self.units)):
@@ -141,7 +172,15 @@ class OuterSync:
 
     def abandon(self) -> None:
         """Forgets the sync under way and takes its hooks from the model."""
-        self._running = None
+        run, self._running = self._running, None
+        if run is not None and run.beside is not None:
+            try:
+                run.beside.wait()  # or it would go on talking to the others while the next training does
+            except RuntimeError as error:
+                logger.warning("EDiT: the sync that was given up had failed: %s", error)
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -166,11 +205,11 @@ class OuterSync:
         run = self._running
         if run is None or index in run.applied:
             return
-        plan = self._plan(run)
+        plan = self._await_plan(run)
         while run.launched < min(index + 1 + PREFETCHED_UNITS, len(self.units)):
             run.works[run.launched] = self._launch(run.launched, plan)
             run.launched += 1
-        unit, state = self.units[index], self.states[index]
+        state = self.states[index]
         flying = run.works.pop(index)
         if flying is None:
             anchor = state.anchor.to(self._device)
@@ -179,24 +218,54 @@ class OuterSync:
             work.wait()
             gradient = self._clip(index, gradient, run)
             anchor = apply_outer_step(state, gradient, self._rule)
-        unit.reshard()
-        for part, value in zip(unit.parts(), state.views(anchor), strict=True):
-            part.copy_(value)
-        if not plan.norms[index, self.peers.replica].isfinite():
-            self._clear_inner_state(unit)
+        self._write(index, plan, anchor)
         run.applied.add(index)
         if len(run.applied) == len(self.units):
             self._end(run, plan)
 
+    def _write(self, index: int, plan: SyncPlan, anchor: Tensor, correction: Tensor | None = None) -> None:
+        """A unit takes the anchor, or adds the correction unless it is broken."""
+        unit, state = self.units[index], self.states[index]
+        broken = not plan.norms[index, self.peers.replica].isfinite()
+        unit.reshard()
+        for part, value, change in zip(
+            unit.parts(), state.views(anchor), state.views(anchor if correction is None else correction), strict=True
+        ):
+            if correction is None or broken:
+                part.copy_(value)
+            else:
+                part.add_(change)
+        if broken:
+            self._clear_inner_state(unit)
+
+    @torch.no_grad()
+    def _apply_beside(self, run: _Running, beside: BackgroundReduction, plan: SyncPlan, went_on: bool) -> None:
+        averages = beside.wait()
+        if beside.square_norms:
+            replica_squares = self._sum_in_replica(torch.stack(beside.square_norms))
+            reduced = [index for index, average in enumerate(averages) if average is not None]
+            run.square_norms = dict(zip(reduced, replica_squares.unbind(), strict=True))
+        for index, (state, average) in enumerate(zip(self.states, averages, strict=True)):
+            correction = beside.deltas[index].to(self._device, non_blocking=True)
+            correction.sub_(state.anchor.to(self._device, non_blocking=True))  # minus where the parameters were
+            if average is None:
+                anchor = state.anchor.to(self._device, non_blocking=True)
+            else:
+                gradient = average.to(self._device, non_blocking=True)
+                if self.config.max_pseudo_grad_norm is not None:
+                    factor = clip_factor(run.square_norms[index].sqrt(), self.config.max_pseudo_grad_norm)
+                    run.factors[index] = factor
+                    gradient.mul_(factor)
+                anchor = apply_outer_step(state, gradient, self._rule)
+            self._write(index, plan, anchor, correction.add_(anchor) if went_on else None)
+            beside.deltas[index] = averages[index] = correction[:0]  # no longer needed
+        self._end(run, plan)
+
     def _launch(self, index: int, plan: SyncPlan) -> tuple[Tensor, Pending] | None:
-        if plan.rolled_back[index]:
+        if plan.unchanged[index]:
             return None
         gradient = self._pseudo_gradient(self.units[index], self.states[index])
-        weight = float(plan.weights[index, self.peers.replica])
-        if weight == 0.0:
-            gradient.zero_()  # never multiplied: 0 * inf is NaN
-        else:
-            gradient.mul_(weight)
+        weighed(gradient, float(plan.weights[index, self.peers.replica]))
         return gradient, self.peers.all_reduce([gradient])
 
     def _clip(self, index: int, gradient: Tensor, run: _Running) -> Tensor:
@@ -224,38 +293,50 @@ class OuterSync:
     def _pairs(self) -> list[tuple[Unit, OuterState]]:
         return list(zip(self.units, self.states, strict=True))
 
+    def _await_plan(self, run: _Running) -> SyncPlan:
+        waited_from = self._clock()
+        plan = self._plan(run) if run.beside is None else run.beside.plan()
+        run.wait_seconds += self._clock() - waited_from
+        return plan
+
     def _plan(self, run: _Running) -> SyncPlan:
         if run.plan is not None:
             return run.plan
-        waited_from = self._clock()
         table = run.gathered().cpu()  # the one time that the host reads the device in a sync
-        run.wait_seconds = self._clock() - waited_from
+        self.exchanged_at = self._clock()
         if not self.peers.commit(self.sync_count):
             raise RuntimeError(f"Outer sync {self.sync_count} was not agreed on by all replicas.")
         config = self.config
         norms = table[:, : len(self.units)].sqrt().T
         tallies = dict(zip(run.tally_names, table[:, len(self.units) :].T, strict=True))
-        anomalous, restarted, self.detectors = detect_anomalies(
+        steps = tallies["inner_steps"]
+        idle = steps == 0  # has nothing to say, and its norm of 0 would weigh most
+        anomalous, restarted, run.detectors = detect_anomalies(
             self.detectors,
             norms,
             threshold=config.anomaly_threshold,
             alpha=config.ema_alpha,
             warmup_syncs=config.ema_warmup_syncs,
             max_consecutive=config.max_consecutive_anomalies,
+            idle=idle,
         )
+        passed = ~(anomalous | idle)
         if config.weighting == "norm":
-            weights = norm_weights(norms, ~anomalous, config.softmax_temperature)
+            weights = norm_weights(norms, passed, config.softmax_temperature)
         else:
-            ones = torch.ones(self.peers.num_replicas, dtype=torch.float64)
-            weights = share_weights(tallies["inner_steps"] if config.weighting == "steps" else ones, ~anomalous)
-        run.plan = SyncPlan(norms, weights, anomalous, restarted, anomalous.all(dim=1), tallies)
+            weights = share_weights(steps if config.weighting == "steps" else torch.ones_like(steps), passed)
+        unchanged = ~passed.any(dim=1)
+        run.plan = SyncPlan(norms, weights, anomalous, restarted, unchanged, unchanged & anomalous.any(dim=1), tallies)
         return run.plan
 
     def _end(self, run: _Running, plan: SyncPlan) -> None:
-        self.abandon()
+        if run.detectors is not None:
+            self.detectors = run.detectors
+        self._running = None
+        self._remove_hooks()
         now = self._clock()
         squares = torch.stack(list(run.square_norms.values())) if run.square_norms else torch.zeros(0)
-        if not run.factors and run.square_norms:
+        if not run.factors and run.square_norms and run.beside is None:
             squares = self._sum_in_replica(squares)
         clipped = torch.stack(list(run.factors.values())).lt(1.0).sum() if run.factors else torch.zeros(())
         outcome = HostCopy(torch.stack([squares.sum().double(), clipped.to(squares.device).double()]))
@@ -278,4 +359,5 @@ class OuterSync:
                 clipped_units=int(num_clipped),
             )
 
-        self._finished.append(record)
+        if float(plan.tallies["inner_steps"].sum()) > 0:  # else it was a meeting, with nothing to tell of
+            self._finished.append(record)

@@ -15,6 +15,7 @@ from typing import Any
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from hf_edit.accelerate_hook import (
     check_accelerator,
@@ -37,18 +38,13 @@ from hf_edit.telemetry import (
 )
 from hf_edit.trainer_checkpoints import EDiTCheckpointMark, TrainerCheckpoints
 from hf_edit.trainer_counts import TrainerCounts
+from hf_edit.trainer_progress import FLAGS, TrainerProgress
 from hf_edit.units import is_prepared
 
 logger = logging.getLogger(__name__)
-_FLAGS = {  # the engine's WISHES and the Trainer's flags
-    "evaluate": "should_evaluate",
-    "save": "should_save",
-    "stop": "should_training_stop",
-    "epoch_stop": "should_epoch_stop",
-}
 
 
-class EDiTMixin(TrainerCheckpoints, TrainerCounts):
+class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerProgress):
     """Makes any Trainer subclass train with EDiT: `class EDiTSFTTrainer(EDiTMixin, SFTTrainer)`.
 
     Args:
@@ -98,8 +94,6 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
 
     def create_accelerator_and_postprocess(self) -> None:
         self.edit_layout: Layout = plan_layout(self.args, self.edit_config, self.model)
-        if self.edit_layout.num_replicas > 1:
-            self.edit_config.check_supported()
         if self.args.process_index == 0:  # the one that reports
             go_offline_without_login(self.args.report_to)
         super().create_accelerator_and_postprocess()
@@ -115,6 +109,8 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
         dataloader = super().get_train_dataloader()
         if self.edit_layout.num_replicas > 1:
             equalise_sampler_once(dataloader)
+        # A stream may end on one replica before it does on another, and then nobody can count on the others' steps.
+        self._data_is_sized = has_length(dataloader)
         return dataloader
 
     def _get_peers(self) -> ProcessGroupPeers:
@@ -127,9 +123,9 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
             self._engine.abandon()  # an earlier training was broken off
         self.edit_stats = EDiTStats()
         self._postponed.clear()
-        self._stopping = self._batch_size_agreed = False
+        self._stopping = self._batch_size_agreed = self._parted = False
         self._agreed: set[str] | None = None
-        self._last_step = self._epoch_began_at = self.state.global_step
+        self._counted_steps = self._steps_at_log = self._epoch_began_at = self._own_steps
         self._spikes = LossSpikeDetector(self.edit_config.loss_spike_threshold)
         self._start_counts()
         self._engine = Engine(
@@ -139,22 +135,24 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
             self._get_peers(),
             first_step=self._resumed[1].schedule_step if self._resumed else self.state.global_step,
             on_begin=self._hand_over_counts,
+            last_step=self.state.max_steps,
         )
         if self._resumed:
             self._engine.load(*self._resumed)
             self._restore_rank_state(self._resumed_host["rank"])
+        self._start_progress()
         elements = sum(part.numel() for unit in self._engine.units for part in unit.parts())
         self._gradient_bytes = ring_bytes(4 * elements, self.edit_layout.num_replicas)
 
     def _rank_state(self) -> dict[str, Any]:
         """What this rank counts, for a checkpoint."""
-        return {**self._counts(), "spikes": asdict(self._spikes)}
+        return {**self._counts(), "spikes": asdict(self._spikes), "own_steps": self._own_steps}
 
     def _restore_rank_state(self, state: dict[str, Any] | None) -> None:
         if state is None:  # another layout
             return
         assert self._engine is not None
-        self._engine.load_tallies(state["tallies"])
+        self._engine.load_rank(state)
         self._restore_counts(state)
         self._spikes = LossSpikeDetector(**{**state["spikes"], "threshold": self.edit_config.loss_spike_threshold})
 
@@ -204,22 +202,28 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, epoch: float, ignore_keys_for_eval: Any,
         start_time: float, learning_rate: float | None = None,
     ) -> None:  # fmt: skip
+        acts = False
         if self._engine is not None:
+            if self._by_time:
+                self._log_by_progress()
             if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
                 self._log_replica(tr_loss, grad_norm, start_time, learning_rate)
             self.control.should_log = False
-            self._decide_with_the_others()
+            acts = self._decide_with_the_others()
             self._log_syncs()
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
         )
         self._stopping = self.control.should_training_stop
+        if acts and self._engine is not None:
+            self._engine.schedule.rest_timer()
 
-    def _decide_with_the_others(self) -> None:
+    def _decide_with_the_others(self) -> bool:
         """Counts the step, and does what any rank wants done on equal replicas, on all of them at the same step.
 
         A callback may want something on one rank alone (its replica's loss differs from the others'), so what is wanted
-        between two syncs rides on the next one. In warm-up all ranks see the same and want the same.
+        between two syncs rides on the next one. In warm-up all ranks see the same and want the same. True if anything
+        is done.
         """
         engine = self._engine
         assert engine is not None
@@ -227,31 +231,56 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
         warming_up = engine.warming_up
         stepped = self._count_step()
         agreed, self._agreed = self._agreed, None
-        if self._is_last() and not engine.replicas_equal:
-            agreed = (engine.flush(self._postponed) or set()) | (agreed or set())
-        if agreed is None and warming_up:
-            agreed = set(self._postponed)
-        elif agreed is None and not stepped and (engine.replicas_equal or engine.sync.pending):
-            agreed = engine.agree(self._postponed)  # an epoch ends where a sync has just begun
+        if self._by_time and (agreed is not None or warming_up):
+            agreed = (agreed or set()) | self._meet()
+        if self._is_last() and (self._others_may_wait() or not engine.replicas_equal):
+            agreed = (engine.flush(self._postponed, always=self._others_may_wait()) or set()) | (agreed or set())
+            self._parted = True
+        if warming_up:
+            agreed = (agreed or set()) | self._postponed
+        elif agreed is None and self._epoch_ends_at_a_sync(stepped):
+            agreed = engine.agree(self._postponed)
         if agreed is None:
-            if self._postponed:
-                self._say_once(
-                    f"what falls between two syncs ({', '.join(sorted(self._postponed))}) moves to the next sync. Make "
-                    "eval_steps and save_steps multiples of sync_interval to keep them where they are."
-                )
-            return
+            self._say_what_moves()
+            return False
         self._postponed -= agreed
-        if agreed:
-            engine.sync.finish()
-        for wish, flag in _FLAGS.items():
+        if agreed:  # with a delayed sync, replicas are not equal where it is applied
+            agreed |= engine.flush(self._postponed) or set()
+            self._postponed -= agreed
+        for wish, flag in FLAGS.items():
             setattr(self.control, flag, wish in agreed)
+        return bool(agreed)
+
+    def _say_what_moves(self) -> None:
+        if self._postponed:
+            hint = "" if self._by_time else (
+                " Make eval_steps and save_steps multiples of sync_interval to keep them where they are."
+            )  # fmt: skip
+            what = ", ".join(sorted(self._postponed))
+            self._say_once(f"what falls between two syncs ({what}) moves to the next sync.{hint}")
+
+    def _epoch_ends_at_a_sync(self, stepped: bool) -> bool:
+        engine = self._engine
+        assert engine is not None
+        return self._steps_are_equal and not stepped and (engine.replicas_equal or engine.sync.pending)
+
+    @property
+    def _steps_are_equal(self) -> bool:
+        """True if all replicas are known to come to the same steps and epochs' ends."""
+        return self._data_is_sized and not self._by_time
+
+    def _others_may_wait(self) -> bool:
+        """True if this replica's training ends where the others' may not, and none has told them so."""
+        if self._parted or self._steps_are_equal or (self._engine is not None and self._engine.warming_up):
+            return False
+        return self._ran_dry() or (not self._by_time and not self._stopping)
 
     def _count_step(self) -> bool:
         """Tells the engine of a step that it has not heard of; False if there is none."""
         assert self._engine is not None
-        if self.state.global_step == self._last_step:
+        if self._own_steps == self._counted_steps:
             return False
-        self._last_step = self.state.global_step
+        self._counted_steps = self._own_steps
         skipped = self.accelerator.optimizer_step_was_skipped
         if not self._engine.warming_up:
             self.edit_stats.inner_steps += not skipped
@@ -260,15 +289,18 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
         return True
 
     def _take_wishes(self) -> set[str]:
-        wishes = {wish for wish, flag in _FLAGS.items() if getattr(self.control, flag)}
-        for flag in _FLAGS.values():
+        wishes = {wish for wish, flag in FLAGS.items() if getattr(self.control, flag)}
+        for flag in FLAGS.values():
             setattr(self.control, flag, False)
         return wishes
 
     def _is_last(self) -> bool:
-        """True if no step follows, for a reason that holds on all ranks."""
-        ran_dry = self._epoch_began_at == self.state.global_step  # an epoch without a step
-        return self.state.global_step >= self.state.max_steps or self._stopping or ran_dry
+        """True if no step follows."""
+        return self.state.global_step >= self.state.max_steps or self._stopping or self._ran_dry()
+
+    def _ran_dry(self) -> bool:
+        """True if an epoch has ended without a step: this rank's data are used up, and the Trainer asks for the end."""
+        return self._epoch_began_at == self._own_steps
 
     def _log_replica(self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None) -> None:
         """The Trainer's log entry, its loss averaged over this replica alone."""
@@ -277,12 +309,13 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
         gather = self.accelerator.gather if self._engine.warming_up else self._peers.gather_in_replica
         loss = gather(tr_loss.detach()).mean().item()
         tr_loss.zero_()
-        steps = self.state.global_step - self._globalstep_last_logged
+        steps, self._steps_at_log = self._own_steps - self._steps_at_log, self._own_steps
         logs = {"loss": loss / steps}
         if grad_norm is not None:
             logs["grad_norm"] = grad_norm.item() if isinstance(grad_norm, Tensor) else grad_norm
         logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
-        self._total_loss_scalar += loss
+        # The Trainer will divide the total by the global steps.
+        self._total_loss_scalar += logs["loss"] * (self.state.global_step - self._globalstep_last_logged)
         self._globalstep_last_logged = self.state.global_step
         self.store_flos()
         spike = self._spikes.update(logs["loss"])
@@ -333,9 +366,15 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
         engine = self._engine
         if engine is None:
             return
-        if self.state.global_step > self._last_step:  # called by a callback, before the step was counted
+        if self._own_steps > self._counted_steps:  # called by a callback, before the step was counted
             self._postponed |= self._take_wishes()
             self._count_step()
+        if self._by_time and not engine.replicas_equal:
+            raise RuntimeError(
+                f"{what} was called between two syncs. With sync_seconds replicas take different numbers of steps, so "
+                "none can know at which of them the others call it. In a callback set control.should_evaluate or "
+                "control.should_save instead; it is done at the next sync, on all ranks."
+            )
         if not engine.replicas_equal:
             self._say_once(f"{what} was called between two syncs and brings the next one forward.")
             self._agreed = (engine.flush(self._postponed) or set()) | (self._agreed or set())
@@ -344,6 +383,9 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts):
         if self._engine is not None:
             self._engine.flush()
             self._log_syncs()
+            if (own_steps := self._own_steps - self._steps_at_log) > 0:  # as in _log_replica
+                self._tr_loss *= (self.state.global_step - self._globalstep_last_logged) / own_steps
+        self._stop_following()
         output = super()._finalize_training(*args, **kwargs)
         if self._engine is not None:
             self._engine.close()
@@ -366,7 +408,10 @@ class _EngineDriver(TrainerCallback):
         publish_settings(self.trainer.edit_config.to_dict())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._epoch_began_at = state.global_step
+        self.trainer._epoch_began_at = self.trainer._own_steps
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._before_the_trainer_counts()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._postponed |= self.trainer._take_wishes()  # or the Trainer would stop on this rank alone

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_edit.background import at_once
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
 from hf_edit.groups import Layout, ProcessGroupPeers
@@ -120,6 +121,8 @@ def train(
     seed: int = 0,
     net: Any = None,
     timeout_seconds: float = 30.0,
+    runner: Any = at_once,
+    **engine_settings: Any,
 ) -> Run:
     """Trains on this rank as the Trainer does, and ends with equal replicas.
 
@@ -130,7 +133,8 @@ def train(
     layout = Layout.split(dist.get_world_size(), num_replicas, rank)
     model = shard(net() if net else Net(seed=seed), layout)
     inner = make_optimizer(optimizer, model.parameters())
-    engine = Engine(model, inner, config, ProcessGroupPeers(layout, timeout_seconds))
+    # A threaded process group knows its ranks by their threads, so a delayed sync cannot have one of its own.
+    engine = Engine(model, inner, config, ProcessGroupPeers(layout, timeout_seconds), runner=runner, **engine_settings)
     run = Run({}, engine=engine)
     for step in range(steps):
         if before_step is not None:

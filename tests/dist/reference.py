@@ -35,12 +35,14 @@ def simulate(
     ema_warmup: int = 10,
     max_consecutive: int = 3,
     max_grad_norm: float | None = None,
+    delay: int = 0,
 ) -> dict[str, Tensor]:
     """The parameters that all replicas hold at the end.
 
     Args:
         unit_of: the name of the unit that a parameter belongs to.
         losses: the training loss of a network in a step, over the batches of the given ranks.
+        delay: steps between the beginning of a sync and its application; 0: at once.
     """
     nets = [make_net() for _ in range(num_replicas)]
     optimizers = [make_optimizer(net.parameters()) for net in nets]
@@ -51,13 +53,28 @@ def simulate(
     velocity: dict[str, Tensor] = {}
     seen = {(unit, i): (0.0, 0.0, 0) for unit in units for i in range(num_replicas)}
     streak = dict.fromkeys(seen, 0)
+    corrections: list[dict[str, Tensor]] = []  # of a sync that has begun, one for each replica
 
     def take_anchor() -> None:
         for name, param in nets[0].named_parameters():
             anchor[name] = param.detach().clone()
             velocity[name] = torch.zeros_like(param)
 
-    def outer_sync() -> None:
+    def apply() -> None:
+        with torch.no_grad():
+            for net, correction in zip(nets, corrections, strict=True):
+                for name, param in net.named_parameters():
+                    param += correction[name]
+        corrections.clear()
+
+    def outer_sync(at_once: bool) -> None:
+        before = [{n: p.detach().clone() for n, p in net.named_parameters()} for net in nets]
+        move_anchor()
+        corrections.extend({n: anchor[n] - own[n] for n in own} for own in before)
+        if at_once:
+            apply()
+
+    def move_anchor() -> None:
         params = [dict(net.named_parameters()) for net in nets]
         for unit, names in units.items():
             deltas = [{n: anchor[n] - params[i][n].detach() for n in names} for i in range(num_replicas)]
@@ -88,10 +105,6 @@ def simulate(
                     g = beta * mixed[n]
                     velocity[n] = outer_momentum * velocity[n] + g
                     anchor[n] = anchor[n] - outer_lr * (g + outer_momentum * velocity[n])
-            with torch.no_grad():
-                for i in range(num_replicas):
-                    for n in names:
-                        params[i][n].copy_(anchor[n])
 
     since = 0
     for step in range(steps):
@@ -117,9 +130,13 @@ def simulate(
                 take_anchor()
         if step >= warmup:
             since += 1
+            if corrections and since == delay:
+                apply()
             if since == tau:
-                outer_sync()
+                outer_sync(at_once=delay == 0)
                 since = 0
+    if corrections:
+        apply()
     if since:
-        outer_sync()
+        outer_sync(at_once=True)
     return {name: copy.deepcopy(param.detach()) for name, param in nets[0].named_parameters()}

@@ -122,6 +122,9 @@ def test_accumulation_four_by_one_and_one_by_four_agree(shape: tuple[int, int]) 
         dict(tau=3, warmup=3, clip=0.03),
         dict(tau=1, warmup=1, delta=0.02, ema_warmup=2, alpha=0.3, clip=None),
         dict(tau=5, weighting="uniform", delta=None, clip=None, outer_lr=0.7, outer_momentum=0.9),
+        dict(tau=4, delay=1),
+        dict(tau=3, delay=3, warmup=2, clip=0.03),
+        dict(tau=2, delay=1, warmup=1, delta=0.02, ema_warmup=2, alpha=0.3, clip=None),
     ],
 )
 def test_agrees_with_the_simulation(shape: tuple[int, int], optimizer: str, settings: dict[str, Any]) -> None:
@@ -135,9 +138,10 @@ def test_agrees_with_the_simulation(shape: tuple[int, int], optimizer: str, sett
     )  # fmt: skip
     names = dict(
         tau="sync_interval", warmup="warmup_steps", clip="max_pseudo_grad_norm", delta="anomaly_threshold",
-        alpha="ema_alpha", ema_warmup="ema_warmup_syncs",
+        alpha="ema_alpha", ema_warmup="ema_warmup_syncs", delay="delay_steps",
     )  # fmt: skip
-    config = EDiTConfig(**{names.get(name, name): value for name, value in settings.items()})
+    overlap = "delayed" if "delay" in settings else "forward"
+    config = EDiTConfig(overlap=overlap, **{names.get(name, name): value for name, value in settings.items()})
     ran = runs(*shape, config, steps, optimizer=optimizer)
     for run in ran:
         assert_same(run.params, expected, 1e-5)

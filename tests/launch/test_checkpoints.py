@@ -41,6 +41,6 @@ def test_other_numbers_of_replicas_and_shards(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_leaves_is_never_taken_for_whole(tmp_path: Path) -> None:
-    """Twenty kills at random moments; `python -m tests.launch.killing FOLDER SEED KILLS` repeats it with another seed, or for longer."""
+    """Twenty kills at random moments; `python -m tests.launch.killing FOLDER SEED KILLS` repeats it otherwise."""
     output = run([str(HERE / "killing.py"), str(tmp_path), "1", "20"], timeout=240, environment={})
     assert "passed: 20 kills" in output

@@ -29,6 +29,7 @@ def record(norms: list[list[float]], anomalous: list[list[bool]], restarted: Any
         weights=weights,
         anomalous=bad,
         restarted=torch.tensor(restarted) if restarted else torch.zeros_like(bad),
+        unchanged=bad.all(dim=1),
         rolled_back=bad.all(dim=1),
         tallies={
             "inner_steps": torch.tensor([4.0, 2.0], dtype=torch.float64),
