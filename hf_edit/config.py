@@ -195,6 +195,11 @@ class EDiTConfig:
         return values
 
     @property
+    def longest_wait_seconds(self) -> float:
+        """For the others to come to a sync: with `sync_seconds` one whose training has ended waits for the next one."""
+        return self.sync_timeout_seconds + (self.sync_seconds or 0.0)
+
+    @property
     def warmup_steps(self) -> int:
         return self.edit_warmup_steps
 

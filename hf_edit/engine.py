@@ -158,21 +158,23 @@ class Engine:
             due = due or self.progress.value + self._delay_steps >= self._last_step
         return self.peers.lead(due)
 
-    def flush(self, wishes: Collection[str] = (), *, always: bool = False) -> set[str] | None:
+    def flush(self, wishes: Collection[str] = ()) -> set[str] | None:
         """Makes the replicas equal: ends a sync under way, and syncs what was learnt since the last one.
 
-        Args:
-            always: come to a sync even if there is nothing to tell, because others may be waiting for one.
-
-        Arguments and result are else those of `step`; None if there was nothing to sync.
+        Arguments and result are those of `step`; None if there was nothing to sync.
         """
-        agreed = None
-        if self._delay_steps and self.sync.pending:
-            agreed = self._settle()
-        self.sync.finish()
-        if self.schedule.turns or always:
-            self._begin(wishes)
-            agreed = self._settle() | (agreed or set())
+        agreed = self._end_pending()
+        if self.schedule.turns:
+            agreed = self._sync(wishes) | (agreed or set())
+        return agreed
+
+    def part(self, wishes: Collection[str]) -> set[str]:
+        """Makes the replicas equal where this one's training ends and the others' may go on: tells them at their next
+        sync what it wants. Result as of `step`."""
+        agreed = self._end_pending() or set()
+        agreed |= self._sync(wishes)
+        if self._delay_steps:  # they hear of it when they apply that sync, and then sync what they learnt meanwhile
+            agreed |= self._sync(())
         return agreed
 
     def meet(self) -> None:
@@ -181,13 +183,19 @@ class Engine:
         For a loop whose replicas take different numbers of steps. One that waits here has no step to tell of, and
         weighs nothing.
         """
-        if self._delay_steps and self.sync.pending:
-            self._settle()
-        self.sync.finish()
+        self._end_pending()
         self._all_met = False
         while not self._all_met:
-            self._begin(("meet",))
-            self._settle()
+            self._sync(("meet",))
+
+    def _end_pending(self) -> set[str] | None:
+        agreed = self._settle() if self._delay_steps and self.sync.pending else None
+        self.sync.finish()
+        return agreed
+
+    def _sync(self, wishes: Collection[str]) -> set[str]:
+        self._begin(wishes)
+        return self._settle()
 
     def agree(self, wishes: Collection[str]) -> set[str]:
         """What any rank wants, the same on all of them; all replicas call it at the same step."""

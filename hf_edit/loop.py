@@ -67,7 +67,7 @@ class EDiT:
                 "returned."
             )
         keep_loader_local(accelerator)
-        self._peers = ProcessGroupPeers(self.layout, self.config.sync_timeout_seconds)
+        self._peers = ProcessGroupPeers(self.layout, self.config.longest_wait_seconds)
         self._start(first_step=0)
         torch_optimizer = getattr(optimizer, "optimizer", optimizer)
         self._hook = torch_optimizer.register_step_pre_hook(lambda *_: self._before_optimizer_step())

@@ -115,7 +115,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerProgress):
 
     def _get_peers(self) -> ProcessGroupPeers:
         if self._peers is None:
-            self._peers = ProcessGroupPeers(self.edit_layout, self.edit_config.sync_timeout_seconds)
+            self._peers = ProcessGroupPeers(self.edit_layout, self.edit_config.longest_wait_seconds)
         return self._peers
 
     def _start_engine(self) -> None:
@@ -206,7 +206,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerProgress):
         if self._engine is not None:
             if self._by_time:
                 self._log_by_progress()
-            if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            if self.control.should_log and self._advanced_since_log():
                 self._log_replica(tr_loss, grad_norm, start_time, learning_rate)
             self.control.should_log = False
             acts = self._decide_with_the_others()
@@ -217,6 +217,9 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerProgress):
         self._stopping = self.control.should_training_stop
         if acts and self._engine is not None:
             self._engine.schedule.rest_timer()
+
+    def _advanced_since_log(self) -> bool:
+        return self.state.global_step > self._globalstep_last_logged and self._own_steps > self._steps_at_log
 
     def _decide_with_the_others(self) -> bool:
         """Counts the step, and does what any rank wants done on equal replicas, on all of them at the same step.
@@ -233,13 +236,17 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerProgress):
         agreed, self._agreed = self._agreed, None
         if self._by_time and (agreed is not None or warming_up):
             agreed = (agreed or set()) | self._meet()
-        if self._is_last() and (self._others_may_wait() or not engine.replicas_equal):
-            agreed = (engine.flush(self._postponed, always=self._others_may_wait()) or set()) | (agreed or set())
+        if self._others_may_wait():
+            agreed = engine.part(self._postponed) | (agreed or set())
             self._parted = True
+        elif self._is_last() and not engine.replicas_equal:
+            agreed = (engine.flush(self._postponed) or set()) | (agreed or set())
         if warming_up:
             agreed = (agreed or set()) | self._postponed
         elif agreed is None and self._epoch_ends_at_a_sync(stepped):
             agreed = engine.agree(self._postponed)
+        elif agreed is None and self._stopping:
+            agreed = {"stop"}  # decided before; this is the end of the epoch that was broken off
         if agreed is None:
             self._say_what_moves()
             return False
@@ -270,8 +277,9 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerProgress):
         return self._data_is_sized and not self._by_time
 
     def _others_may_wait(self) -> bool:
-        """True if this replica's training ends where the others' may not, and none has told them so."""
-        if self._parted or self._steps_are_equal or (self._engine is not None and self._engine.warming_up):
+        """True if this replica's training ends where the others' may not, and it has not told them."""
+        assert self._engine is not None
+        if not self._is_last() or self._parted or self._steps_are_equal or self._engine.warming_up:
             return False
         return self._ran_dry() or (not self._by_time and not self._stopping)
 

@@ -146,7 +146,7 @@ class TrainerProgress(_TrainerToBe):
             furthest = int(max(progress.furthest, progress.when_met))
             state.global_step = max(before, min(furthest, state.max_steps - 1))
         self._met_at = state.global_step
-        self._log_by_progress()
+        state.epoch = state.global_step / self._steps_per_epoch
         due = self._due_in(before, state.global_step)
         return {wish for wish, flag in FLAGS.items() if getattr(due, flag)}
 

@@ -1,0 +1,258 @@
+"""Run by every rank of a launch: A-EDiT, where replica 0 is slower than the others. Arguments as for scenarios.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import IterableDataset
+from transformers import DefaultFlowCallback, TrainerCallback
+
+from hf_edit import EDiTConfig, EDiTTrainer
+from hf_edit.units import find_units
+from tests.launch.scenarios import FOLDER, main, make_args, make_model, make_rows
+
+BY_TIME = EDiTConfig(sync_seconds=0.4, edit_warmup_steps=2)
+DELAYED = EDiTConfig(sync_seconds=0.4, overlap="delayed", delay_steps=2)
+
+
+class Slowed(EDiTTrainer):
+    """Replica 0 takes more time for a step."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.06 if self.edit_layout.replica == 0 else 0.0)
+        return super().training_step(*args, **kwargs)
+
+
+class Watch(TrainerCallback):
+    """What other callbacks see, and own learning rates."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.own = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(state.global_step)
+        self.own += 1
+
+
+def run(config: EDiTConfig = BY_TIME, rows: Any = None, callbacks: Any = (), **settings: Any) -> Any:
+    watch = Watch()
+    settings = {"max_steps": 60, "lr_scheduler_type": "linear", **settings}
+    trainer = Slowed(
+        model=make_model(), args=make_args(**settings), train_dataset=rows or make_rows(), eval_dataset=make_rows(8),
+        edit_config=config, callbacks=[watch, *callbacks],
+    )  # fmt: skip
+    trainer.watch = watch
+    trainer.train()
+    assert trainer._engine is None
+    equal_everywhere(trainer.state.global_step)
+    sums = everywhere([part.double().sum().item() for unit in find_units(trainer.model) for part in unit.parts()])
+    size = trainer.edit_layout.replica_size
+    assert all(sums[rank] == sums[rank % size] for rank in range(len(sums))), "the replicas ended apart"
+    assert isinstance(trainer.callback_handler.callbacks[0], DefaultFlowCallback), "it was not put back"
+    return trainer
+
+
+def everywhere(value: Any) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def equal_everywhere(value: Any) -> Any:
+    found = everywhere(value)
+    assert all(one == found[0] for one in found), found
+    return found[0]
+
+
+def own_steps(trainer: Any) -> list[int]:
+    """Of each replica; the ranks of one have taken the same."""
+    size, steps = trainer.edit_layout.replica_size, everywhere(trainer.watch.own)
+    for rank, taken in enumerate(steps):
+        assert taken == steps[rank // size * size], steps
+    return steps[::size]
+
+
+# -- scenarios --------------------------------------------------------------------------------------------------------
+
+
+def _ends_where_all_have_taken_the_steps(config: EDiTConfig) -> dict[str, Any]:
+    saving = dict(eval_strategy="steps", eval_steps=20, save_strategy="steps", save_steps=30, logging_steps=5)
+    trainer = run(config, **saving)
+    steps = own_steps(trainer)
+    mean = sum(steps) / len(steps)
+    assert min(steps[1:]) > 1.2 * steps[0], f"replica 0 is slower: {steps}"
+    assert trainer.state.global_step == 60
+    assert 60 <= mean < 66, f"{steps}: max_steps=60 is the mean"
+    assert trainer.watch.steps == sorted(trainer.watch.steps)
+    assert trainer.lr_scheduler.get_last_lr()[0] < 0.1 * 1e-2, "the schedule has come to its end on every replica"
+    history = trainer.state.log_history
+    evaluated = [entry["step"] for entry in history if "eval_loss" in entry]
+    assert len(evaluated) == len(set(evaluated)) == 3, evaluated
+    assert all(0 <= step - due < 20 for step, due in zip(evaluated, (20, 40, 60), strict=True)), evaluated
+    saved = equal_everywhere(sorted(path.name for path in (FOLDER / "trainer").glob("checkpoint-*")))
+    assert len(saved) >= 2, saved
+    assert "checkpoint-60" in saved
+    assert all(0 < entry["loss"] < 10 for entry in history if "loss" in entry)
+    assert [e["step"] for e in history] == sorted(e["step"] for e in history)
+    total = next(entry["train_loss"] for entry in history if "train_loss" in entry)
+    assert 2 < total < 6, f"a mean over the steps: {total}"
+    syncs = [entry for entry in history if "edit/inner_steps" in entry]
+    assert len(syncs) >= 3, syncs
+    return {"own_steps": steps, "evaluated": evaluated, "saved": saved}
+
+
+def a_slow_replica_keeps_nobody() -> dict[str, Any]:
+    return _ends_where_all_have_taken_the_steps(BY_TIME)
+
+
+def nor_with_delayed_syncs() -> dict[str, Any]:
+    return _ends_where_all_have_taken_the_steps(DELAYED)
+
+
+def epochs_are_of_all_replicas_together() -> dict[str, Any]:
+    """A fast replica goes through its data once more than a slow one; epochs end by the progress of all."""
+    world = int(os.environ["WORLD_SIZE"])
+    settings = dict(max_steps=-1, num_train_epochs=3, eval_strategy="epoch", logging_steps=5)
+    trainer = run(rows=make_rows(2 * 20 * world), **settings)
+    steps = own_steps(trainer)
+    assert trainer.state.max_steps == trainer.state.global_step == 60
+    assert max(steps) > 60, steps
+    assert trainer.state.epoch == trainer.state.num_train_epochs == 3
+    evaluated = [entry["epoch"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 3, evaluated
+    assert evaluated[-1] == 3
+    return {"own_steps": steps, "evaluated": evaluated}
+
+
+class Stream(IterableDataset):
+    """Ends early on the ranks of replica 1, for good."""
+
+    def __init__(self, layout: Any) -> None:
+        self.rows = iter(make_rows(600 if layout.replica != 1 else 30))
+
+    def __iter__(self) -> Any:
+        return self.rows
+
+
+class Streaming(Slowed):
+    def get_train_dataloader(self) -> Any:
+        loader = torch.utils.data.DataLoader(Stream(self.edit_layout), batch_size=2)
+        self._data_is_sized = False
+        return loader
+
+
+def _ends_together(config: EDiTConfig) -> dict[str, Any]:
+    watch = Watch()
+    trainer = Streaming(
+        model=make_model(), args=make_args(max_steps=1000), train_dataset=make_rows(), edit_config=config,
+        callbacks=[watch],
+    )  # fmt: skip
+    trainer.watch = watch
+    trainer.train()
+    steps = own_steps(trainer)
+    assert steps[1] == 15, "what it has it uses up"
+    assert equal_everywhere(trainer.edit_stats.syncs)
+    return {"own_steps": steps}
+
+
+def data_that_run_out_on_one_replica_end_all() -> dict[str, Any]:
+    return _ends_together(EDiTConfig(sync_seconds=0.4))
+
+
+def also_with_delayed_syncs_and_by_steps() -> dict[str, Any]:
+    told = [
+        _ends_together(config)
+        for config in (DELAYED, EDiTConfig(sync_interval=8), EDiTConfig(sync_interval=5), EDiTConfig(sync_interval=100))
+    ]
+    assert told[1]["own_steps"][0] == 16, told
+    assert told[3]["own_steps"][0] == 100, told
+    return {"told": told}
+
+
+class StopAt(TrainerCallback):
+    """Replica 1's last rank has seen enough."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= 20 and dist.get_rank() == dist.get_world_size() - 1:
+            control.should_training_stop = True
+
+
+def what_one_rank_wants_all_do() -> dict[str, Any]:
+    trainer = run(callbacks=[StopAt()])
+    assert 20 <= trainer.state.global_step < 60
+    return {"stopped": trainer.state.global_step}
+
+
+def a_resumed_run_reads_on_where_each_replica_was() -> dict[str, Any]:
+    """The batches that a replica sees before and after are those of one run without a break."""
+    seen: list[int] = []
+
+    def collator(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        seen.extend(int(row["number"]) for row in batch)
+        return {key: torch.stack([row[key] for row in batch]) for key in ("input_ids", "labels")}
+
+    rows = [{**row, "number": torch.tensor(n)} for n, row in enumerate(make_rows(4096))]
+    settings = dict(
+        output_dir=str(FOLDER / "again"), max_steps=40, save_strategy="steps", save_steps=20,
+        remove_unused_columns=False,
+    )  # fmt: skip
+
+    def part(resume: Any) -> list[int]:
+        seen.clear()
+        trainer = Slowed(
+            model=make_model(), args=make_args(**settings), train_dataset=rows, edit_config=BY_TIME,
+            data_collator=collator, callbacks=[watch := Watch()],
+        )  # fmt: skip
+        trainer.train(resume)
+        assert trainer.state.global_step == 40
+        taken.append(watch.own)
+        return list(seen)
+
+    taken: list[int] = []
+    whole = part(None)
+    first = min(int(path.name.split("-")[1]) for path in (FOLDER / "again").glob("checkpoint-*"))
+    own = torch.load(
+        FOLDER / "again" / f"checkpoint-{first}" / "edit" / f"replica-{layout().replica}" / f"host-{layout().shard}.pt"
+    )["rank"]["own_steps"]
+    resumed = part(str(FOLDER / "again" / f"checkpoint-{first}"))
+    batches = [whole[i : i + 2] for i in range(0, len(whole), 2)]
+    again = [resumed[i : i + 2] for i in range(0, len(resumed), 2)]
+    together = min(len(batches) - own, taken[1])
+    assert together > 3
+    assert again[:together] == batches[own : own + together], (own, again[:3], batches[own : own + 3])
+    assert len(set(everywhere(own))) > 1, "replicas stood at different places"
+    return {"own": own, "resumed": taken[1]}
+
+
+def layout() -> Any:
+    trainer = Slowed(model=make_model(), args=make_args(), train_dataset=make_rows(), edit_config=BY_TIME)
+    return trainer.edit_layout
+
+
+def a_callback_that_evaluates_is_refused() -> dict[str, Any]:
+    class Evaluate(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                kwargs_trainer[0].evaluate()
+
+    kwargs_trainer: list[Any] = []
+    trainer = Slowed(
+        model=make_model(), args=make_args(), train_dataset=make_rows(), eval_dataset=make_rows(8),
+        edit_config=EDiTConfig(sync_seconds=100.0), callbacks=[Evaluate()],
+    )  # fmt: skip
+    kwargs_trainer.append(trainer)
+    with pytest.raises(RuntimeError, match=re.escape("set control.should_evaluate or control.should_save instead")):
+        trainer.train()
+    dist.barrier()
+    return {}
+
+
+if __name__ == "__main__":
+    main(globals())
