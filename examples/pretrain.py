@@ -85,11 +85,6 @@ DEFAULTS: dict[str, Any] = dict(
     seed=0,
     sync_interval=16,
     edit_warmup_steps=16,
-    # The paper's outer optimizer (0.8/0.85) is made for long runs: its momentum does not pay off within a dozen syncs.
-    # With --max_steps 192 --eval_steps 64 it ended at a perplexity of 306, with --outer_lr 0.8 --outer_momentum 0.85
-    # at 456 (one run each).
-    outer_lr=1.0,
-    outer_momentum=0.0,
 )
 
 

@@ -7,7 +7,7 @@ parameters on this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,29 @@ class OuterRule:
     lr: float
     momentum: float
     nesterov: bool
+    warmup_syncs: int = 0
 
     @classmethod
-    def named(cls, name: str, lr: float, momentum: float) -> OuterRule:
+    def named(cls, name: str, lr: float, momentum: float, warmup_syncs: int = 0) -> OuterRule:
         if name == "none":
             return cls(lr=1.0, momentum=0.0, nesterov=False)
-        return cls(lr=lr, momentum=momentum, nesterov=name == "nesterov")
+        return cls(lr=lr, momentum=momentum, nesterov=name == "nesterov", warmup_syncs=warmup_syncs)
+
+    def at(self, sync: int) -> OuterRule:
+        """The settings for the sync number `sync`, from 0.
+
+        The momentum grows as min(momentum, sync / (sync + warmup_syncs)), and the learning rate goes from 1 to `lr` in
+        proportion, so the first sync takes the average. Not the paper's, whose settings suit runs of many syncs: at
+        once they overshoot what a short run has learnt (examples/benchmarks/convergence.py).
+
+        >>> rule = OuterRule(lr=0.8, momentum=0.85, nesterov=True, warmup_syncs=5)
+        >>> [(round(r.momentum, 3), round(r.lr, 3)) for r in (rule.at(0), rule.at(5), rule.at(100))]
+        [(0.0, 1.0), (0.5, 0.882), (0.85, 0.8)]
+        """
+        if not self.warmup_syncs or not self.momentum:
+            return self
+        momentum = min(self.momentum, sync / (sync + self.warmup_syncs))
+        return replace(self, momentum=momentum, lr=1.0 - (1.0 - self.lr) * momentum / self.momentum)
 
 
 @torch.no_grad()

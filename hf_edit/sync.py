@@ -90,7 +90,9 @@ class OuterSync:
         self.exchanged_at: float | None = None  # when all replicas had come to the sync under way
         self._rule: Any = config.outer_optimizer
         if not callable(self._rule):
-            self._rule = OuterRule.named(config.outer_optimizer, config.outer_lr, config.outer_momentum)
+            self._rule = OuterRule.named(
+                config.outer_optimizer, config.outer_lr, config.outer_momentum, config.outer_warmup_syncs
+            )
         self._device = self.units[0].parts()[0].device
         self._running: _Running | None = None
         self._hooks: list[RemovableHandle] = []
@@ -217,7 +219,7 @@ class OuterSync:
             gradient, work = flying
             work.wait()
             gradient = self._clip(index, gradient, run)
-            anchor = apply_outer_step(state, gradient, self._rule)
+            anchor = apply_outer_step(state, gradient, self._rule_now())
         self._write(index, plan, anchor)
         run.applied.add(index)
         if len(run.applied) == len(self.units):
@@ -256,7 +258,7 @@ class OuterSync:
                     factor = clip_factor(run.square_norms[index].sqrt(), self.config.max_pseudo_grad_norm)
                     run.factors[index] = factor
                     gradient.mul_(factor)
-                anchor = apply_outer_step(state, gradient, self._rule)
+                anchor = apply_outer_step(state, gradient, self._rule_now())
             self._write(index, plan, anchor, correction.add_(anchor) if went_on else None)
             beside.deltas[index] = averages[index] = correction[:0]  # no longer needed
         self._end(run, plan)
@@ -267,6 +269,9 @@ class OuterSync:
         gradient = self._pseudo_gradient(self.units[index], self.states[index])
         weighed(gradient, float(plan.weights[index, self.peers.replica]))
         return gradient, self.peers.all_reduce([gradient])
+
+    def _rule_now(self) -> Any:
+        return self._rule.at(self.sync_count - 1) if isinstance(self._rule, OuterRule) else self._rule
 
     def _clip(self, index: int, gradient: Tensor, run: _Running) -> Tensor:
         square_norm = torch.linalg.vector_norm(gradient).double().square()

@@ -260,9 +260,11 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerProgress):
 
     def _say_what_moves(self) -> None:
         if self._postponed:
-            hint = "" if self._by_time else (
-                " Make eval_steps and save_steps multiples of sync_interval to keep them where they are."
-            )  # fmt: skip
+            hint = " Make eval_steps and save_steps multiples of sync_interval to keep them where they are."
+            if self._by_time:
+                hint = ""
+            elif self.edit_config.overlap == "delayed":
+                hint = f" A delayed one is applied delay_steps={self.edit_config.delay_steps} steps after it begins."
             what = ", ".join(sorted(self._postponed))
             self._say_once(f"what falls between two syncs ({what}) moves to the next sync.{hint}")
 

@@ -27,6 +27,7 @@ def simulate(
     warmup: int = 0,
     outer_lr: float = 0.8,
     outer_momentum: float = 0.85,
+    outer_warmup: int = 5,
     weighting: str = "norm",
     temperature: float = 1.0,
     clip: float | None = 10.0,
@@ -53,6 +54,7 @@ def simulate(
     velocity: dict[str, Tensor] = {}
     seen = {(unit, i): (0.0, 0.0, 0) for unit in units for i in range(num_replicas)}
     streak = dict.fromkeys(seen, 0)
+    syncs = 0
     corrections: list[dict[str, Tensor]] = []  # of a sync that has begun, one for each replica
 
     def take_anchor() -> None:
@@ -75,6 +77,12 @@ def simulate(
             apply()
 
     def move_anchor() -> None:
+        nonlocal syncs
+        mu, lr = outer_momentum, outer_lr
+        if outer_warmup and outer_momentum:
+            mu = min(outer_momentum, syncs / (syncs + outer_warmup))
+            lr = 1 - (1 - outer_lr) * mu / outer_momentum
+        syncs += 1
         params = [dict(net.named_parameters()) for net in nets]
         for unit, names in units.items():
             deltas = [{n: anchor[n] - params[i][n].detach() for n in names} for i in range(num_replicas)]
@@ -103,8 +111,8 @@ def simulate(
                 beta = 1.0 if clip is None else min(1.0, clip / (size + 1e-6))
                 for n in names:
                     g = beta * mixed[n]
-                    velocity[n] = outer_momentum * velocity[n] + g
-                    anchor[n] = anchor[n] - outer_lr * (g + outer_momentum * velocity[n])
+                    velocity[n] = mu * velocity[n] + g
+                    anchor[n] = anchor[n] - lr * (g + mu * velocity[n])
 
     since = 0
     for step in range(steps):

@@ -89,10 +89,11 @@ def test_overlap_forward_and_none_agree_bit_for_bit(shape: tuple[int, int]) -> N
 @pytest.mark.parametrize("outer", ["nesterov", "sgd", "callable"])
 def test_offload_changes_nothing(shape: tuple[int, int], outer: str) -> None:
     optimizer = (lambda params: torch.optim.AdamW(params, lr=0.1)) if outer == "callable" else outer
-    config = dataclasses.replace(FULL, outer_optimizer=optimizer)
-    kept = runs(*shape, config)
-    offloaded = runs(*shape, dataclasses.replace(config, offload_outer_state=True))
-    assert_same(kept[0].params, offloaded[0].params)
+    for overlap in ("forward", "delayed"):
+        config = dataclasses.replace(FULL, outer_optimizer=optimizer, overlap=overlap, delay_steps=2)
+        kept = runs(*shape, config)
+        offloaded = runs(*shape, dataclasses.replace(config, offload_outer_state=True))
+        assert_same(kept[0].params, offloaded[0].params)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -100,7 +101,7 @@ def test_a_callable_outer_optimizer_is_torchs(nesterov: bool) -> None:
     def outer(params: list[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=0.8, momentum=0.85, nesterov=nesterov)
 
-    named = dataclasses.replace(FULL, outer_optimizer="nesterov" if nesterov else "sgd")
+    named = dataclasses.replace(FULL, outer_optimizer="nesterov" if nesterov else "sgd", outer_warmup_syncs=0)
     own = runs(2, 2, named)
     torchs = runs(2, 2, dataclasses.replace(FULL, outer_optimizer=outer))
     assert_same(own[0].params, torchs[0].params)
@@ -119,6 +120,7 @@ def test_accumulation_four_by_one_and_one_by_four_agree(shape: tuple[int, int]) 
     "settings",
     [
         dict(tau=4),
+        dict(tau=2, outer_warmup=0),
         dict(tau=3, warmup=3, clip=0.03),
         dict(tau=1, warmup=1, delta=0.02, ema_warmup=2, alpha=0.3, clip=None),
         dict(tau=5, weighting="uniform", delta=None, clip=None, outer_lr=0.7, outer_momentum=0.9),
@@ -139,6 +141,7 @@ def test_agrees_with_the_simulation(shape: tuple[int, int], optimizer: str, sett
     names = dict(
         tau="sync_interval", warmup="warmup_steps", clip="max_pseudo_grad_norm", delta="anomaly_threshold",
         alpha="ema_alpha", ema_warmup="ema_warmup_syncs", delay="delay_steps",
+        outer_warmup="outer_warmup_syncs",
     )  # fmt: skip
     overlap = "delayed" if "delay" in settings else "forward"
     config = EDiTConfig(overlap=overlap, **{names.get(name, name): value for name, value in settings.items()})
@@ -149,6 +152,22 @@ def test_agrees_with_the_simulation(shape: tuple[int, int], optimizer: str, sett
         assert any(record.plan.anomalous.any() for record in ran[0].records), "the setting eliminates nobody"
     if settings.get("clip") == 0.03:
         assert any(record.clipped_units for record in ran[0].records), "the setting clips nothing"
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+def test_a_delay_without_a_step_is_no_delay(shape: tuple[int, int]) -> None:
+    """Ended before the next step, a delayed sync is a blocking one, bit for bit, and leaves the replicas equal."""
+
+    def end_now(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:
+        engine.flush()
+        assert engine.replicas_equal
+
+    delayed = runs(*shape, dataclasses.replace(FULL, overlap="delayed", delay_steps=3), before_step=end_now)
+    blocking = runs(*shape, dataclasses.replace(FULL, overlap="none"), before_step=end_now)
+    assert_same(delayed[0].params, blocking[0].params)
+    assert [r.clipped_units for r in delayed[0].records] == [r.clipped_units for r in blocking[0].records]
+    for one, other in zip(delayed[0].records, blocking[0].records, strict=True):
+        assert one.pseudo_grad_norm == other.pseudo_grad_norm
 
 
 def test_all_replicas_hold_the_same_bits_after_every_sync() -> None:
@@ -203,7 +222,7 @@ def test_a_trajectory_done_on_paper() -> None:
 
     config = EDiTConfig(
         sync_interval=1, outer_lr=0.5, outer_momentum=0.5, weighting="uniform", anomaly_threshold=None,
-        max_pseudo_grad_norm=None, overlap="none",
+        max_pseudo_grad_norm=None, overlap="none", outer_warmup_syncs=0,
     )  # fmt: skip
 
     def body(rank: int) -> list[float]:

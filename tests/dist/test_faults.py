@@ -41,9 +41,9 @@ def spoiled_runs(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("overlap", ["none", "forward"])
+@pytest.mark.parametrize("overlap", ["none", "forward", "delayed"])
 def test_a_broken_replica_weighs_nothing_and_comes_back(value: float, overlap: str) -> None:
-    config = dataclasses.replace(CONFIG, overlap=overlap)
+    config = dataclasses.replace(CONFIG, overlap=overlap, delay_steps=1)
     runs = spoiled_runs({1}, value, at_step=3, config=config)
     spoiled = runs[0].records[1]
     assert spoiled.plan.anomalous[:, 1].all(), "the loss is NaN, so one step later every unit is"
@@ -110,9 +110,9 @@ def test_a_broken_unit_loses_its_inner_optimizer_state_on_that_replica_only() ->
         assert counts[rank] == {"embed": 0, "blocks.0": 0, "blocks.1": 0, "norm+head": 0, "kept": 0.0}
 
 
-@pytest.mark.parametrize("overlap", ["none", "forward"])
+@pytest.mark.parametrize("overlap", ["none", "forward", "delayed"])
 def test_all_broken_goes_back_to_the_anchor(overlap: str) -> None:
-    config = dataclasses.replace(CONFIG, overlap=overlap)
+    config = dataclasses.replace(CONFIG, overlap=overlap, delay_steps=1)
     anchors: dict[int, list[list[torch.Tensor]]] = {}
 
     def keep(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:

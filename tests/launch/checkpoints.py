@@ -114,6 +114,17 @@ def resumed_runs_are_bit_for_bit() -> dict[str, Any]:
     return {"steps": steps}
 
 
+def delayed_syncs_resume_bit_for_bit() -> dict[str, Any]:
+    """A checkpoint between a sync's beginning and its application ends it first."""
+    config = EDiTConfig(sync_interval=3, warmup_steps=2, ema_warmup_syncs=1, overlap="delayed", delay_steps=2)
+    whole = run("delayed", config=config, save_steps=4)
+    steps = saved_steps("delayed")
+    for step in steps[:-1]:
+        resumed = run(f"delayed-{step}", str(FOLDER / "delayed" / f"checkpoint-{step}"), config=config, save_steps=4)
+        assert_same_end(whole, resumed, step)
+    return {"steps": steps}
+
+
 def sharded_checkpoints() -> dict[str, Any]:
     """SHARDED_STATE_DICT: no replica's state is mixed with another's; save_model() writes a whole model."""
     with environment(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT"):

@@ -125,6 +125,28 @@ def a_loop_saves_and_loads() -> dict[str, Any]:
     return {}
 
 
+def loops_of_different_length_end_together() -> dict[str, Any]:
+    """By time and by steps, delayed or not: who has ended waits for the others."""
+    told = {}
+    for name, config in {
+        "time": EDiTConfig(sync_seconds=0.3),
+        "time, delayed": EDiTConfig(sync_seconds=0.3, overlap="delayed", delay_steps=2),
+        "steps": EDiTConfig(sync_interval=3),
+    }.items():
+        loop = Loop(config)
+        with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+            loop.train(edit, batches=4 + 9 * edit.layout.replica)
+            if config.sync_seconds is not None:
+                edit.flush()
+                assert edit.progress == 4 + 9 * (edit.layout.num_replicas - 1) / 2, edit.progress
+        sums: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(sums, [p.double().sum().item() for p in loop.parameters().values()])
+        size = edit.layout.replica_size
+        assert all(sums[rank] == sums[rank % size] for rank in range(len(sums))), sums
+        told[name] = len(loop.logs)
+    return told
+
+
 def what_a_loop_refuses() -> dict[str, Any]:
     config = EDiTConfig(sync_interval=3)
     loop = Loop(config)
@@ -132,8 +154,6 @@ def what_a_loop_refuses() -> dict[str, Any]:
         EDiT(Accelerator(), loop.model, loop.optimizer, config)
     with pytest.raises(ValueError, match="but the Accelerator was made for"):
         EDiT(loop.accelerator, loop.model, loop.optimizer, EDiTConfig(num_replicas=3))
-    with pytest.raises(ValueError, match="this version syncs by steps only"):
-        EDiT(loop.accelerator, loop.model, loop.optimizer, EDiTConfig(sync_seconds=3.0))
     with pytest.raises(ValueError, match=r"accelerator\.prepare"):
         EDiT(loop.accelerator, make_model(), loop.optimizer, config)
     return {}

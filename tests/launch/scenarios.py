@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,40 @@ def overlap_and_offload_change_no_bit() -> dict[str, Any]:
     for other in ({"overlap": "forward"}, {"overlap": "forward", "offload_outer_state": True}):
         again = parameters(train(EDiTConfig(**config, **other)))
         assert all(torch.equal(first[name], again[name]) for name in first), other
+    return {"tensors": len(first)}
+
+
+def simulation_delayed() -> dict[str, Any]:
+    """On threads of their own, the last sync pending at the end."""
+    config = EDiTConfig(sync_interval=3, warmup_steps=1, max_pseudo_grad_norm=0.3, overlap="delayed", delay_steps=2)
+    trainer = train(config)
+    assert trainer.edit_stats.syncs == 3
+    return compare(trainer, steps=9, tau=3, warmup=1, clip=0.3, delay=2)
+
+
+class Dawdling(EDiTTrainer):
+    """Its ranks take their time, each another."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(random.Random(self.state.global_step * 8 + dist.get_rank()).choice((0.0, 0.03, 0.1)))
+        return super().training_step(*args, **kwargs)
+
+
+def delayed_syncs_do_not_depend_on_timing() -> dict[str, Any]:
+    """Two runs agree bit for bit whatever the ranks' speed, also offloaded; evaluation finds equal replicas."""
+    config = dict(sync_interval=3, overlap="delayed", delay_steps=3)
+    settings = dict(eval_strategy="steps", eval_steps=6)
+    prompt = train(EDiTConfig(**config), **settings)
+    first = parameters(prompt)
+    for other, trainer in (({}, Dawdling), ({"offload_outer_state": True}, EDiTTrainer)):
+        again = train(EDiTConfig(**config, **other), trainer=trainer, **settings)
+        mine = parameters(again)
+        assert all(torch.equal(first[name], mine[name]) for name in first), other
+        assert [e["eval_loss"] for e in again.state.log_history if "eval_loss" in e] == [
+            e["eval_loss"] for e in prompt.state.log_history if "eval_loss" in e
+        ]
+    # Due at 6, where a sync begins that is applied at 9, the end.
+    assert [e["step"] for e in prompt.state.log_history if "eval_loss" in e] == [9]
     return {"tensors": len(first)}
 
 

@@ -14,6 +14,7 @@ SCENARIOS = [
     "resumed_runs_are_bit_for_bit",
     "a_checkpoint_that_is_not_whole_is_passed_over",
     "another_model_is_refused_another_method_is_told",
+    "delayed_syncs_resume_bit_for_bit",
     "a_users_outer_optimizer_resumes",
     "a_bf16_model_resumes",
     "limits_and_the_best_model",

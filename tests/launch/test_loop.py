@@ -9,7 +9,13 @@ import pytest
 
 from tests.launch.launching import accelerate_launch
 
-SCENARIOS = ["a_loop_is_the_simulation", "a_loop_accumulates", "a_loop_saves_and_loads", "what_a_loop_refuses"]
+SCENARIOS = [
+    "a_loop_is_the_simulation",
+    "a_loop_accumulates",
+    "a_loop_saves_and_loads",
+    "loops_of_different_length_end_together",
+    "what_a_loop_refuses",
+]
 
 
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])

@@ -20,6 +20,8 @@ SCENARIOS = [
     "an_unseeded_sampler_is_made_equal_once",
     "warmup_is_the_plain_trainer",
     "overlap_and_offload_change_no_bit",
+    "simulation_delayed",
+    "delayed_syncs_do_not_depend_on_timing",
     "logs",
     "units_are_cut_alike",
     "saved_models_load_anywhere",

@@ -1,0 +1,130 @@
+"""Replicas that take different numbers of steps, each with a clock of its own: trajectories done on paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_edit.background import at_once, in_thread
+from hf_edit.config import EDiTConfig
+from hf_edit.engine import Engine
+from hf_edit.groups import Layout, ProcessGroupPeers
+from tests.dist.threads import run_ranks
+
+PLAIN = dict(outer_optimizer="none", anomaly_threshold=None, max_pseudo_grad_norm=None, warmup_steps=0)
+
+
+class Scalar(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([0.0]))
+
+
+class Replica:
+    """One parameter, SGD with lr 1 and a constant gradient; a step takes `step_seconds` on its own clock."""
+
+    def __init__(self, rank: int, world: int, step_seconds: float, gradient: float, **settings: Any) -> None:
+        self.now, self.step_seconds, self.gradient = 100.0, step_seconds, gradient
+        self.model = DistributedDataParallel(Scalar())
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        peers = ProcessGroupPeers(Layout.split(world, world, rank), 30.0)
+        config = EDiTConfig(**{**PLAIN, "overlap": "none", **settings})
+        self.engine = Engine(self.model, self.optimizer, config, peers, clock=lambda: self.now, runner=at_once)
+
+    @property
+    def value(self) -> float:
+        return self.model.module.p.item()
+
+    def step(self, wishes: Any = ()) -> Any:
+        self.now += self.step_seconds
+        self.model.module.p.grad = torch.tensor([self.gradient])
+        self.engine.before_optimizer_step()
+        self.optimizer.step()
+        return self.engine.step(wishes)
+
+
+@pytest.mark.parametrize(("weighting", "after"), [("steps", -7.0), ("uniform", -7.5)])
+def test_a_fast_replica_takes_more_steps_between_two_syncs(weighting: str, after: float) -> None:
+    """In 6 s replica 0 takes 6 steps of gradient 1, replica 1 takes 3 of gradient 3: pseudo-gradients 6 and 9, of
+    which a third and two thirds are 7, the halves 7.5. The second interval is as the first."""
+
+    def body(rank: int) -> tuple[list[float], float]:
+        replica = Replica(
+            rank, 2, step_seconds=1.0 + rank, gradient=1.0 + 2 * rank, sync_seconds=6.0, weighting=weighting
+        )
+        seen = []
+        for number in range(2 * (6 if rank == 0 else 3)):
+            agreed = replica.step(wishes=("save",) if (rank, number) == (1, 5) else ())
+            if agreed is not None:
+                seen.append((replica.value, agreed))
+        records = replica.engine.take_records()
+        assert [record.plan.tallies["inner_steps"].tolist() for record in records] == [[6.0, 3.0]] * 2
+        return seen, replica.engine.progress.value
+
+    for seen, progress in run_ranks(2, body):
+        assert seen == [(after, set()), (2 * after, {"save"})], "what replica 1 wants at a sync all hear"
+        assert progress == 9.0
+
+
+def test_a_delayed_sync_by_time() -> None:
+    """As above with uniform weights, applied two own steps later: the anchor goes to -7.5, and each replica to where it
+    was heading from there: -7.5 - 2 and -7.5 - 6. Those steps count into the next interval."""
+
+    def body(rank: int) -> list[Any]:
+        replica = Replica(
+            rank, 2, step_seconds=1.0 + rank, gradient=1.0 + 2 * rank, sync_seconds=6.0, weighting="uniform",
+            overlap="delayed", delay_steps=2,
+        )  # fmt: skip
+        seen: list[Any] = []
+        for _ in range(8 if rank == 0 else 5):
+            if replica.step() is not None:
+                seen.append(replica.value)
+        # The timer runs from the moment that both had come: at 106 s; now it is 108 s here, 110 s there.
+        assert replica.engine.schedule._timed_from == 106.0
+        replica.engine.meet()
+        return [*seen, replica.value, replica.engine.take_records()[-1].plan.tallies["inner_steps"].tolist()]
+
+    # At the end the pseudo-gradients since -7.5 are 2 and 6, their mean 4.
+    assert run_ranks(2, body) == [[-9.5, -11.5, [2.0, 2.0]], [-13.5, -11.5, [2.0, 2.0]]]
+
+
+@pytest.mark.parametrize("overlap", ["none", "delayed"])
+def test_who_has_ended_waits_for_the_others_and_weighs_nothing(overlap: str) -> None:
+    """Replica 1 ends after the first sync; replica 0 goes on for two more, which are its own alone, and ends, too."""
+
+    def body(rank: int) -> list[float]:
+        replica = Replica(
+            rank, 2, step_seconds=1.0, gradient=1.0, sync_interval=3, weighting="norm", overlap=overlap, delay_steps=1
+        )
+        for _ in range(3 if rank == 1 else 10):
+            replica.step()
+        replica.engine.meet()
+        return [replica.value, *[r.plan.weights[0, 0].item() for r in replica.engine.take_records()]]
+
+    for value, *weights in run_ranks(2, body):
+        assert value == -10.0
+        assert weights == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_the_end_of_all_steps_makes_a_sync_due() -> None:
+    """The timer would not run out before 1000 s; ten steps of all replicas are the end, ten own ones the estimate."""
+
+    def body(rank: int) -> list[Any]:
+        replica = Replica(rank, 2, step_seconds=1.0, gradient=1.0, sync_seconds=1000.0)
+        replica.engine._last_step = 10
+        return [replica.step() is not None for _ in range(10)]
+
+    assert run_ranks(2, body) == [[False] * 9 + [True]] * 2
+
+
+def test_a_job_that_fails_on_its_thread_fails_where_it_is_waited_for() -> None:
+    def job() -> None:
+        raise ValueError("the network is gone")
+
+    with pytest.raises(ValueError, match="the network is gone"):
+        in_thread(job)()
+    assert in_thread(lambda: 7)() == at_once(lambda: 7)() == 7
