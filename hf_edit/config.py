@@ -92,10 +92,12 @@ class EDiTConfig:
     max_consecutive_anomalies: int = _knob(
         3, "A finite norm that is anomalous this many times in a row is the new normal: its detector restarts."
     )
-    weighting: Literal["norm", "uniform", "steps"] = _knob(
-        "norm", 'Weights of the replicas: "norm" (softmax of minus the norm), "uniform", "steps" (inner steps done).'
+    weighting: Literal["norm", "relative", "uniform", "steps"] = _knob(
+        "norm",
+        'Weights of the replicas: "norm" (softmax of minus the norm), "relative" (of minus the norm over their mean, '
+        'for large units, where "norm" picks one replica), "uniform", "steps" (inner steps done).',
     )
-    softmax_temperature: float = _knob(1.0, 'Temperature of the softmax of weighting="norm".')
+    softmax_temperature: float = _knob(1.0, 'Temperature of the softmax of weighting="norm" and "relative".')
     max_pseudo_grad_norm: float | None = _knob(
         10.0, "Norm to which a unit's averaged pseudo-gradient is clipped (phi). None or inf: no clipping."
     )
@@ -226,7 +228,7 @@ EDiTConfig.__init__ = _accept_warmup_steps(EDiTConfig.__init__)  # type: ignore[
 
 _CHOICES = {
     "outer_optimizer": ("nesterov", "sgd", "none"),
-    "weighting": ("norm", "uniform", "steps"),
+    "weighting": ("norm", "relative", "uniform", "steps"),
     "overlap": ("none", "forward", "delayed"),
 }
 _OFF_HINTS = {

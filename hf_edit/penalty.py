@@ -113,6 +113,20 @@ def norm_weights(norms: Tensor, passed: Tensor, temperature: float) -> Tensor:
     return torch.softmax(logits, dim=1).masked_fill(~passed, 0.0)  # a row without any that passed: NaN, then 0
 
 
+def relative_weights(norms: Tensor, passed: Tensor, temperature: float) -> Tensor:
+    """`norm_weights` of the norms over their mean, so that the scale of a unit does not matter; [U, R] each.
+
+    The norm of a unit grows with the root of its size, and soon a few percent more is e times less weight.
+
+    >>> relative_weights(torch.tensor([[40.0, 44.0], [0.40, 0.44]]), torch.ones(2, 2, dtype=torch.bool), 1.0)
+    tensor([[0.5238, 0.4762],
+            [0.5238, 0.4762]])
+    """
+    counted = norms.masked_fill(~passed, 0.0)
+    mean = counted.sum(dim=1, keepdim=True) / passed.sum(dim=1, keepdim=True).clamp(min=1)
+    return norm_weights(norms / mean.where(mean > 0, 1.0), passed, temperature)
+
+
 def share_weights(shares: Tensor, passed: Tensor) -> Tensor:
     """Weights in proportion to `shares` [R] over the replicas that passed, exactly 0 for the others; [U, R].
 

@@ -27,7 +27,15 @@ from hf_edit.config import EDiTConfig
 from hf_edit.groups import Peers, Pending
 from hf_edit.measure import HostCopy, Stopwatch
 from hf_edit.outer import OuterRule, OuterState, apply_outer_step, new_state
-from hf_edit.penalty import DetectorState, clip_factor, detect_anomalies, norm_weights, share_weights, weighed
+from hf_edit.penalty import (
+    DetectorState,
+    clip_factor,
+    detect_anomalies,
+    norm_weights,
+    relative_weights,
+    share_weights,
+    weighed,
+)
 from hf_edit.records import SyncPlan, SyncRecord
 from hf_edit.units import Unit
 
@@ -328,6 +336,8 @@ class OuterSync:
         passed = ~(anomalous | idle)
         if config.weighting == "norm":
             weights = norm_weights(norms, passed, config.softmax_temperature)
+        elif config.weighting == "relative":
+            weights = relative_weights(norms, passed, config.softmax_temperature)
         else:
             weights = share_weights(steps if config.weighting == "steps" else torch.ones_like(steps), passed)
         unchanged = ~passed.any(dim=1)

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,10 +23,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench import provenance, save_json
+
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 WARM_UP_STEPS = 5
-HERE = Path(__file__).resolve().parent
 
 
 def step_seconds(kind: str, steps: int) -> float:
@@ -120,9 +119,7 @@ def main() -> None:
     for name, figures in result.items():
         print(f"{name:<30}{figures['ratio']:.4f} of the plain Trainer's step time")
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-        told = {"command": " ".join(sys.argv), "commit": commit.stdout.strip(), "machine": platform.platform()}
-        arguments.json.write_text(json.dumps({**result, **told}, indent=2) + "\n", encoding="utf-8")
+        save_json(arguments.json, {**result, **provenance()})
 
 
 if __name__ == "__main__":

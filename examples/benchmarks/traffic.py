@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from hosts import Hosts, unavailable
+from bench import provenance, save_json
+from hosts import HERE, Hosts, unavailable
 
-HERE = Path(__file__).resolve().parent
 INNER_STEPS = 20
 
 
@@ -35,7 +33,7 @@ def main() -> None:
     for name, value in result.items():
         print(f"{name:<32}{value}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({**result, **provenance()}, indent=2) + "\n", encoding="utf-8")
+        save_json(arguments.json, {**result, **provenance()})
 
 
 def measure(per_host: int, busy: bool) -> dict[str, object]:
@@ -67,11 +65,6 @@ def run(per_host: int, busy: bool, size: str, steps: int, sync_interval: int) ->
         assert told["world_size"] == 2 * per_host, told
         assert told["num_replicas"] == 2, told
         return hosts.bytes_sent(), told["parameter_bytes"]
-
-
-def provenance() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return {"command": " ".join(sys.argv), "commit": commit.stdout.strip() or "unknown", "machine": platform.platform()}
 
 
 if __name__ == "__main__":

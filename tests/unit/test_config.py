@@ -49,7 +49,7 @@ def test_the_defaults_are_the_papers_method() -> None:
         (dict(max_pseudo_grad_norm=0.0), "or None to turn clipping off"),
         (dict(max_pseudo_grad_norm=float("nan")), "max_pseudo_grad_norm=nan"),
         (dict(softmax_temperature=0.0), "softmax_temperature=0.0"),
-        (dict(weighting="steps2"), "weighting='steps2': one of 'norm', 'uniform', 'steps'"),
+        (dict(weighting="steps2"), "weighting='steps2': one of 'norm', 'relative', 'uniform', 'steps'"),
         (dict(overlap="backward"), "overlap='backward': one of 'none', 'forward', 'delayed'"),
         (dict(delay_steps=0), "delay_steps=0"),
         (dict(sync_timeout_seconds=-5), "sync_timeout_seconds=-5"),

@@ -16,6 +16,7 @@ from hf_edit.penalty import (
     detect_anomalies,
     effective_replicas,
     norm_weights,
+    relative_weights,
     share_weights,
 )
 
@@ -166,3 +167,15 @@ def test_clip_factor() -> None:
 def test_effective_replicas() -> None:
     weights = torch.tensor([[0.25] * 4, [1.0, 0.0, 0.0, 0.0]])
     assert effective_replicas(weights).tolist() == [4.0, 1.0]
+
+
+def test_relative_weights_do_not_know_the_scale() -> None:
+    norms = torch.tensor([[1.0, 1.1, 3.0, 50.0]], dtype=torch.float64)
+    passed = torch.tensor([[True, True, True, False]])
+    weights = relative_weights(norms, passed, 1.0)
+    assert torch.allclose(relative_weights(1000 * norms, passed, 1.0), weights)
+    assert weights[0, 3] == 0
+    assert weights[0, 0] > weights[0, 1] > 2 * weights[0, 2] > 0
+    assert torch.allclose(weights.sum(), torch.ones((), dtype=torch.float64))
+    assert effective_replicas(norm_weights(40 * norms[:, :2], passed[:, :2], 1.0)) < 1.1, "raw norms pick one"
+    assert effective_replicas(relative_weights(40 * norms[:, :2], passed[:, :2], 1.0)) > 1.9

@@ -1,0 +1,231 @@
+#!/usr/bin/env python
+"""Validation loss at equal tokens, by method: when nothing goes wrong, and when something does.
+
+    python examples/benchmarks/convergence.py --train_file train.txt --validation_file validation.txt \\
+        --json convergence.json --png convergence.png
+    python examples/benchmarks/convergence.py --table table.md --json convergence.json
+
+Trains a byte-level Llama with synchronous training (the plain Trainer), Post Local SGD, DiLoCo, EDiT, EDiT with the
+paper's outer optimizer and A-EDiT, from the same seeds on the same number of tokens; then with a fault in one replica
+(random bytes for text, a learning rate that is too high), also for EDiT with a part of its penalty turned off. Without
+text files it reads the sources of the running interpreter's standard library. Every training is a torchrun of its own;
+--json keeps each finished one, and goes on where an interrupted benchmark stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import exit_on_signals, open_results, provenance, save_json
+from convergence_job import BY_TIME, METHODS, SCENARIOS, Job, applies, default_methods
+from convergence_report import draw, tables
+
+HERE = Path(__file__).resolve().parent
+LAUNCH_FLAGS = ("json", "png", "table", "methods", "scenarios", "seeds", "timeout", "sync_seconds")
+QUICK = {"steps": 48, "warmup": 16, "tau": 8, "evaluations": 2, "seeds": [0], "fault_steps": 8, "validation_blocks": 64}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    _add_choices(parser)
+    _add_sizes(parser)
+    _add_faults(parser)
+    files = parser.add_argument_group("files")
+    files.add_argument("--train_file", type=Path, help="text to train on; None: the standard library's sources")
+    files.add_argument("--validation_file", type=Path, help="text to evaluate on; None: some of these sources")
+    files.add_argument("--json", type=Path, help="keep every finished run here; an existing file is continued")
+    files.add_argument("--png", type=Path, help="plot validation losses here")
+    files.add_argument("--table", type=Path, metavar="FILE",
+                       help="write the tables of --json here as Markdown (- prints them), run nothing")  # fmt: skip
+    arguments = parser.parse_args()
+    if (arguments.train_file is None) != (arguments.validation_file is None):
+        parser.error("--train_file and --validation_file go together: text for training must not be evaluated on.")
+    if arguments.table and not (arguments.json and arguments.json.exists()):
+        parser.error("--table reads the runs from --json, which names no file that exists.")
+    if arguments.quick:
+        vars(arguments).update(QUICK)
+    if arguments.warmup % arguments.tau:
+        parser.error(f"--warmup {arguments.warmup}: a multiple of --tau {arguments.tau} puts evaluations on syncs.")
+    return arguments
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to run")
+    group.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
+                       help=f"of {', '.join(METHODS)}; None: those that the scenario is about")  # fmt: skip
+    told = "; ".join(f"{name}: {text}" for name, text in SCENARIOS.items())
+    group.add_argument("--scenarios", nargs="+", choices=SCENARIOS, metavar="SCENARIO",
+                       default=["clean", "corrupt", "spike"], help=told)  # fmt: skip
+    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of model, data order and fault")
+    group.add_argument("--timeout", type=float, default=1800.0, help="seconds that one training may take")
+    group.add_argument("--quick", action="store_true", help="one seed and a few steps, to see that it works")
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and training")
+    group.add_argument("--replicas", type=int, default=4, help="R")
+    group.add_argument("--ranks_per_replica", type=int, default=1, help="S; from 2 on FSDP2 shards the replica")
+    group.add_argument("--hidden_size", type=int, default=64, help="width of the model")
+    group.add_argument("--layers", type=int, default=3, help="transformer blocks")
+    group.add_argument("--steps", type=int, default=640, help="steps of a training, the warm-up's too")
+    group.add_argument("--tau", type=int, default=16, help="inner steps between syncs")
+    group.add_argument("--sync_seconds", type=float,
+                       help="between A-EDiT's syncs; None: what tau steps took in EDiT's finished runs")  # fmt: skip
+    group.add_argument("--warmup", type=int, default=64, help="synchronous steps first, a multiple of tau")
+    group.add_argument("--batch", type=int, default=8, help="sequences of one replica in a step")
+    group.add_argument("--block", type=int, default=64, help="bytes of a sequence")
+    group.add_argument("--learning_rate", type=float, default=3e-3, help="inner one of all methods with local steps")
+    group.add_argument("--sync_learning_rate", type=float, default=4e-3, help="of synchronous training")
+    group.add_argument("--evaluations", type=int, default=20, help="about how often to evaluate")
+    group.add_argument("--validation_blocks", type=int, default=512, help="sequences to evaluate on")
+
+
+def _add_faults(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("faults")
+    group.add_argument("--fault_first", type=float, default=0.6, help="share of the steps after which a fault begins")
+    group.add_argument("--fault_steps", type=int, default=32, help="steps with spoilt text")
+    group.add_argument("--spike_steps", type=int, default=4, help="steps with a learning rate that is too high")
+    group.add_argument("--spike_factor", type=float, default=20.0, help="by which the learning rate is multiplied")
+
+
+def main() -> None:
+    exit_on_signals()
+    arguments = parse()
+    if arguments.table:
+        text = tables(json.loads(arguments.json.read_text(encoding="utf-8")))
+        print(text) if str(arguments.table) == "-" else arguments.table.write_text(text + "\n", encoding="utf-8")
+        return
+    results = open_results(arguments.json, settings_of(arguments))
+    for job in jobs(arguments, results):
+        run = {**label(job), "sync_seconds": job.sync_seconds, **train(job, arguments), "provenance": provenance()}
+        results["runs"].append(run)
+        if arguments.json:
+            save_json(arguments.json, results)
+        print(f"{job.scenario} {job.method} seed {job.seed}: {run['loss']:.4f} nats a byte", flush=True)
+    print("\n" + tables(results))
+    if arguments.png:
+        draw(results, arguments.png)
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all runs of one results file have in common; of a text file its name, not where it lies."""
+    settings = {name: value for name, value in vars(arguments).items() if name not in (*LAUNCH_FLAGS, "quick")}
+    files = {name: settings[name].name for name in ("train_file", "validation_file") if settings[name]}
+    return {**settings, **files}
+
+
+# -- trainings --------------------------------------------------------------------------------------------------------
+
+
+def jobs(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[Job]:
+    """What is not in `results` yet. Seeds are the outermost, so that an early table compares all methods."""
+    for seed, scenario in itertools.product(arguments.seeds, arguments.scenarios):
+        for method in arguments.methods or default_methods(scenario):
+            wanted = {"method": method, "scenario": scenario, "seed": seed}
+            done = any(wanted.items() <= run.items() for run in results["runs"])
+            if not done and applies(scenario, method):
+                yield make_job(arguments, results, **wanted)
+
+
+def make_job(arguments: argparse.Namespace, results: dict[str, Any], method: str, scenario: str, seed: int) -> Job:
+    spike = scenario.startswith("spike")
+    boundary = int(arguments.fault_first * arguments.steps) // arguments.tau * arguments.tau
+    return Job(
+        method=method,
+        scenario=scenario,
+        seed=seed,
+        num_replicas=arguments.replicas,
+        sharded=arguments.ranks_per_replica > 1,
+        steps=arguments.steps,
+        tau=arguments.tau,
+        sync_seconds=interval_seconds(arguments, results) if method in BY_TIME else None,
+        warmup=arguments.warmup,
+        batch=arguments.batch // arguments.ranks_per_replica,
+        block=arguments.block,
+        hidden_size=arguments.hidden_size,
+        layers=arguments.layers,
+        learning_rate=arguments.sync_learning_rate if method == "sync" else arguments.learning_rate,
+        evaluations=arguments.evaluations,
+        validation_blocks=arguments.validation_blocks,
+        fault_first=boundary + (arguments.tau // 2 if spike else 0),
+        fault_steps=arguments.spike_steps if spike else arguments.fault_steps,
+        fault_factor=arguments.spike_factor,
+        train_file=arguments.train_file and str(arguments.train_file.resolve()),
+        validation_file=arguments.validation_file and str(arguments.validation_file.resolve()),
+        report="",
+    )
+
+
+def interval_seconds(arguments: argparse.Namespace, results: dict[str, Any]) -> float:
+    """Between the syncs of A-EDiT: as given, or as long as tau steps of EDiT's finished runs.
+
+    Raises:
+        SystemExit: there is no such run.
+    """
+    if arguments.sync_seconds:
+        return float(arguments.sync_seconds)
+    taken = [run["train_seconds"] / arguments.steps for run in results["runs"] if run["method"] == "edit"]
+    if not taken:
+        sys.exit("convergence.py: a-edit needs --sync_seconds, or a finished run of edit to take it from.")
+    return round(statistics.median(taken) * arguments.tau, 3)
+
+
+def label(job: Job) -> dict[str, Any]:
+    return {"scenario": job.scenario, "method": job.method, "seed": job.seed}
+
+
+def train(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One training of `job` in processes of its own; the figures of its first rank.
+
+    Raises:
+        SystemExit: it failed or took too long; with the end of its output.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report, log = Path(folder) / "report.json", Path(folder) / "log.txt"
+        job = Job(**{**vars(job), "report": str(report)})
+        num_ranks = job.num_replicas * arguments.ranks_per_replica
+        problem = launch(num_ranks, job.to_json(), log, arguments.timeout)
+        if problem is None and not report.exists():
+            problem = "left no report"
+        if problem is not None:
+            tail = log.read_text(encoding="utf-8", errors="replace")[-6000:]
+            sys.exit(f"{tail}\nconvergence.py: the training {label(job)} {problem}.")
+        figures: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    if figures["world_size"] != num_ranks:
+        sys.exit(f"convergence.py: {num_ranks} ranks were launched, but {figures['world_size']} trained together.")
+    return figures
+
+
+def launch(num_ranks: int, argument: str, log: Path, timeout: float) -> str | None:
+    """Runs the worker on `num_ranks` processes; what went wrong, or None. None of them is left running."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
+               str(HERE / "convergence_worker.py"), argument]  # fmt: skip
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return f"did not end within {timeout:g} s"
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)  # torchrun ends its workers, which are in sessions of their own
+                process.wait()
+    return f"ended with exit code {code}" if code else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""One training of the convergence benchmark: which method, what goes wrong in it, and what its ranks get."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Each method: an EDiTConfig preset, None for the defaults, and what differs from it. "sync" is the plain Trainer over
+# all ranks.
+METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "sync": (None, {"num_replicas": 1}),
+    "post-local-sgd": ("post-local-sgd", {}),
+    "diloco": ("diloco", {}),
+    "edit": (None, {}),
+    "edit-paper-outer": ("edit", {}),
+    "a-edit": (None, {}),  # with sync_seconds in the place of sync_interval
+    "edit-delayed": (None, {"overlap": "delayed"}),
+    "edit-no-elimination": (None, {"anomaly_threshold": None}),
+    "edit-no-weighting": (None, {"weighting": "uniform"}),
+    "edit-no-clipping": (None, {"max_pseudo_grad_norm": None}),
+}
+COMPARED = ("sync", "post-local-sgd", "diloco", "edit", "edit-paper-outer", "edit-delayed", "a-edit")
+ABLATED = ("sync", "diloco", "edit", "edit-no-elimination", "edit-no-weighting", "edit-no-clipping")
+BY_TIME = ("a-edit",)
+
+# What each scenario does to the last replica, or to all: random bytes for text, labels in a wrong order, or a learning
+# rate that is too high.
+SCENARIOS = {
+    "clean": "nothing goes wrong",
+    "corrupt": "one replica reads random bytes",
+    "labels": "one replica's labels are shuffled",
+    "spike": "one replica's learning rate is too high",
+    "spike-all": "every replica's learning rate is too high",
+}
+ON_ONE_REPLICA = ("corrupt", "labels", "spike")
+
+
+def default_methods(scenario: str) -> tuple[str, ...]:
+    """What is compared when nothing goes wrong, and what the penalty's parts do when something does."""
+    return COMPARED if scenario == "clean" else ABLATED
+
+
+def applies(scenario: str, method: str) -> bool:
+    """False where all replicas share one learning rate, so that it cannot be too high on one alone."""
+    return not (scenario == "spike" and method == "sync")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank of one training gets.
+
+    Args:
+        sync_seconds: between the syncs of a method that syncs by time; None: by steps.
+        batch: sequences of one rank in a step.
+        block: bytes of a sequence.
+        warmup: synchronous steps first.
+        fault_first, fault_steps: the first step that goes wrong, counted from 0, and how many do.
+        fault_factor: by which the learning rate is multiplied then.
+        sharded: FSDP2 over the ranks of a replica.
+        report: file for the figures.
+    """
+
+    method: str
+    scenario: str
+    seed: int
+    num_replicas: int
+    sharded: bool
+    steps: int
+    tau: int
+    sync_seconds: float | None
+    warmup: int
+    batch: int
+    block: int
+    hidden_size: int
+    layers: int
+    learning_rate: float
+    evaluations: int
+    validation_blocks: int
+    fault_first: int
+    fault_steps: int
+    fault_factor: float
+    train_file: str | None
+    validation_file: str | None
+    report: str
+
+    @property
+    def num_units(self) -> int:
+        """Embeddings, each block, final norm with the head."""
+        return self.layers + 2
+
+    @property
+    def edit_settings(self) -> tuple[str | None, dict[str, Any]]:
+        """An EDiTConfig preset's name or None, and the settings on top of it."""
+        preset, settings = METHODS[self.method]
+        trigger = {"sync_interval": self.tau} if self.sync_seconds is None else {"sync_seconds": self.sync_seconds}
+        return preset, {"num_replicas": self.num_replicas, **trigger, "edit_warmup_steps": self.warmup, **settings}
+
+    @property
+    def eval_steps(self) -> int:
+        """Steps between evaluations: a multiple of tau, so that they fall on syncs if the warm-up is one, too.
+
+        With tau 16 and 640 steps, 8 evaluations are 80 steps apart.
+        """
+        return max(round(self.steps / self.evaluations / self.tau), 1) * self.tau
+
+    def is_faulty(self, step: int, replica: int) -> bool:
+        """True if something goes wrong on `replica` in `step`, counted from 0."""
+        if self.scenario == "clean" or not self.fault_first <= step < self.fault_first + self.fault_steps:
+            return False
+        return self.scenario not in ON_ONE_REPLICA or replica == self.num_replicas - 1
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        return cls(**json.loads(text))

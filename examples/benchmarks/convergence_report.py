@@ -1,0 +1,130 @@
+"""What the runs of convergence.py say: tables in Markdown, and a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import markdown_table, mean, subplots
+from convergence_job import METHODS, SCENARIOS
+
+Run = dict[str, Any]
+
+
+def runs_of(results: dict[str, Any], scenario: str, method: str) -> list[Run]:
+    """In the order of their seeds."""
+    found = [run for run in results["runs"] if run["scenario"] == scenario and run["method"] == method]
+    return sorted(found, key=lambda run: int(run["seed"]))
+
+
+def present(results: dict[str, Any]) -> dict[str, list[str]]:
+    """The scenarios that have runs, and the methods that each has."""
+    found = {scenario: [method for method in METHODS if runs_of(results, scenario, method)] for scenario in SCENARIOS}
+    return {scenario: methods for scenario, methods in found.items() if methods}
+
+
+def excess(runs: Sequence[Run], reference: Sequence[Run]) -> float | None:
+    """How much larger the loss is than the reference's: the mean of the seeds that both have; None without one.
+
+    >>> excess([{"seed": 0, "loss": 2.2}, {"seed": 1, "loss": 9.0}], [{"seed": 0, "loss": 2.0}])
+    0.10000000000000009
+    """
+    losses = {run["seed"]: run["loss"] for run in reference}
+    ratios = [run["loss"] / losses[run["seed"]] for run in runs if run["seed"] in losses]
+    return statistics.fmean(ratios) - 1 if ratios else None
+
+
+def after_fault(run: Run, last_faulty_step: int) -> float | None:
+    """The first validation loss after the fault."""
+    return next((loss for step, loss in run["evaluations"] if step > last_faulty_step), None)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def tables(results: dict[str, Any]) -> str:
+    """One table a scenario."""
+    parts = [
+        f"**{scenario}**: {SCENARIOS[scenario]}\n\n{table(results, scenario, methods)}"
+        for scenario, methods in present(results).items()
+    ]
+    return "\n\n".join(parts)
+
+
+def table(results: dict[str, Any], scenario: str, methods: Sequence[str]) -> str:
+    heading = ["method", "validation loss", "seeds", "spread", "over sync"]
+    if scenario != "clean":
+        heading += ["right after", "over its clean run"]
+    heading += ["tokens", "syncs", "clipped units", "effective replicas", "left out"]
+    return markdown_table(heading, [row(results, scenario, method) for method in methods])
+
+
+def row(results: dict[str, Any], scenario: str, method: str) -> list[str]:
+    runs = runs_of(results, scenario, method)
+    losses = [run["loss"] for run in runs]
+    cells = [method, f"{mean(losses):.4f}", str(len(runs)), f"{max(losses) - min(losses):.4f}"]
+    cells.append(percent(excess(runs, runs_of(results, scenario, "sync"))))
+    if scenario != "clean":
+        settings = results["settings"]
+        spike = scenario.startswith("spike")
+        last = settings["fault_first"] * settings["steps"] + settings["spike_steps" if spike else "fault_steps"]
+        after = [loss for run in runs if (loss := after_fault(run, int(last))) is not None]
+        cells.append(f"{mean(after):.4f}" if after else "")
+        cells.append(percent(excess(runs, runs_of(results, "clean", method))))
+    cells.append(f"{mean([run['tokens'] for run in runs]):,.0f}")
+    if method == "sync":
+        return [*cells, "", "", "", ""]
+    cells.append(f"{mean([run['syncs'] for run in runs]):.0f}")
+    cells.append(f"{mean([run['clipped_share'] for run in runs]):.1%}")
+    cells.append(f"{mean([run['effective_replicas'] for run in runs]):.2f}")
+    cells.append(f"{mean([run['anomalous_replicas'] for run in runs]):.1f}")
+    return cells
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:+.2%}"
+
+
+# -- plot -------------------------------------------------------------------------------------------------------------
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """For each scenario the validation loss on the way, and at the end."""
+    found = present(results)
+    figure, axes = subplots(len(found), 2)
+    for number, (scenario, methods) in enumerate(found.items()):
+        draw_curves(axes[2 * number], results, scenario, methods)
+        draw_ends(axes[2 * number + 1], results, scenario, methods)
+    figure.savefig(path, dpi=150)
+
+
+def colour(method: str) -> str:
+    return f"C{list(METHODS).index(method)}"
+
+
+def draw_curves(axis: Any, results: dict[str, Any], scenario: str, methods: Sequence[str]) -> None:
+    for method in methods:
+        runs = runs_of(results, scenario, method)
+        points: dict[int, list[float]] = {}
+        for run in runs:
+            for step, loss in run["evaluations"]:
+                points.setdefault(step, []).append(loss)
+        steps = sorted(step for step, losses in points.items() if len(losses) == len(runs))
+        axis.plot(steps, [mean(points[step]) for step in steps], color=colour(method), label=method, linewidth=1.3)
+    axis.set(title=f"{scenario}: {SCENARIOS[scenario]}", xlabel="step", ylabel="validation loss (nats a byte)")
+    axis.legend(frameon=False, fontsize="small")
+
+
+def draw_ends(axis: Any, results: dict[str, Any], scenario: str, methods: Sequence[str]) -> None:
+    everything: list[float] = []
+    for place, method in enumerate(methods):
+        losses = [run["loss"] for run in runs_of(results, scenario, method)]
+        axis.bar(place, mean(losses), color=colour(method), alpha=0.5)
+        axis.plot([place] * len(losses), losses, "k.", markersize=4)
+        everything += losses
+    margin = 0.3 * (max(everything) - min(everything)) or 0.1
+    axis.set_ylim(min(everything) - margin, max(everything) + margin)
+    axis.set_xticks(range(len(methods)), methods, rotation=30, ha="right", fontsize="small")
+    axis.set(title="at the end; a dot is a seed", ylabel="validation loss (nats a byte)")

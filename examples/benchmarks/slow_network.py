@@ -1,0 +1,278 @@
+#!/usr/bin/env python
+"""How much of the throughput is left when two hosts train over a slow network, by method.
+
+    sudo python examples/benchmarks/slow_network.py --json slow_network.json
+    python examples/benchmarks/slow_network.py --table slow_network.json
+
+Two hosts (network namespaces) with two ranks each train a Llama of 8.4M parameters: HSDP, local SGD in its forms, and
+"never", which does not sync and so bounds what a method can reach. Every run of a method is paired with one of "never"
+on the same network, in alternating order; a method's share of the bound is the ratio of the medians of these pairs'
+tokens per second. A timed method's sync_seconds is tau times the seconds of a step of "never". The bytes between the
+hosts are those of the interfaces' counters. What a straight-line cost model (cost_model.py) says stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import (
+    exit_on_signals,
+    markdown_table,
+    mean,
+    open_results,
+    pair_range,
+    ratio_of_medians,
+    save_json,
+    subplots,
+)
+from cost_model import bits_per_second, expected_of_method
+from hosts import unavailable
+from network_job import METHODS, TIMED, window
+from training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, file_settings, job_settings, stored, train
+
+CELL = ("rate", "delay_milliseconds", "tau", "method")
+QUICK = {
+    "rates": ["100mbit"], "delays": [0.0], "taus": [8], "methods": ["hsdp", "edit-none", "edit-forward"],
+    "repeats": 1, "steps": 8, "hsdp_steps": 3,
+}  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rates", nargs="+", default=["unlimited", "1gbit", "100mbit", "50mbit"], metavar="RATE",
+                        help="of each host in each direction: unlimited, or as tc writes it (unlimited 1gbit 100mbit "
+                        "50mbit)")  # fmt: skip
+    parser.add_argument("--delays", nargs="+", type=float, default=[0.0], metavar="MILLISECONDS",
+                        help="of the network, one way; above 0 needs gcc (0)")  # fmt: skip
+    parser.add_argument("--taus", nargs="+", type=int, default=[32], metavar="STEPS", help="sync intervals (32)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
+                        help=f"of {', '.join(METHODS)} (all)")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs for each figure (3)")
+    parser.add_argument("--steps", type=int, default=64,
+                        help="least steps of a measured window, rounded up to whole intervals (64)")  # fmt: skip
+    parser.add_argument("--hsdp_steps", type=int, default=16, help="the same for HSDP, which syncs in every step (16)")
+    parser.add_argument("--delay_steps", type=int, help="of the delayed methods; at most the interval (half of it)")
+    add_common_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        vars(arguments).update(QUICK)
+    for rate in arguments.rates:
+        try:
+            bits_per_second(rate)
+        except ValueError as error:
+            parser.error(str(error))
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.table:
+        results = stored(arguments.table)
+        print(tables(results))
+        if arguments.png:
+            plot(results, arguments.png)
+        return
+    if (reason := unavailable(delay=any(arguments.delays))) is not None:
+        sys.exit(f"slow_network.py: {reason}")
+    exit_on_signals()
+    settings = {**file_settings(arguments), "delay_steps": arguments.delay_steps or "half the interval"}
+    results = open_results(arguments.json, settings)
+    measure(results, arguments)
+    print("\n" + tables(results))
+    png = arguments.png or (arguments.json and arguments.json.with_suffix(".png"))
+    if png:
+        plot(results, png)
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def cells(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What to measure, every repeat of everything before the next; HSDP has no interval and is there once."""
+    for repeat, rate, delay in itertools.product(range(arguments.repeats), arguments.rates, arguments.delays):
+        setting = {"rate": rate, "delay_milliseconds": delay}
+        if "hsdp" in arguments.methods:
+            yield {**setting, "tau": None, "method": "hsdp", "repeat": repeat}
+        for tau, method in itertools.product(arguments.taus, arguments.methods):
+            if method != "hsdp":
+                yield {**setting, "tau": tau, "method": method, "repeat": repeat}
+
+
+def measure(results: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Adds to `results` what is not there yet, and keeps it in the file after every pair."""
+    if "step_seconds" not in results:
+        never = run_one("never", {"rate": "unlimited", "delay_milliseconds": 0.0}, arguments, None, 0)
+        results["step_seconds"] = step_seconds(never)
+        print(f"a step of never takes {results['step_seconds']:.3f} s", flush=True)
+    done = [{name: run[name] for name in (*CELL, "repeat")} for run in results["runs"]]
+    for number, cell in enumerate(cells(arguments)):
+        if cell in done:
+            continue
+        run = measure_pair(cell, arguments, results["step_seconds"], never_first=(number + cell["repeat"]) % 2 == 0)
+        results["runs"].append(run)
+        if arguments.json:
+            save_json(arguments.json, {**results, "summary": summary(results)})
+        name = " ".join(str(cell[part]) for part in CELL)
+        print(f"{name}: {run['share']:.3f} of never; the model says {run['expected_share']:.3f}, "
+              f"{run['expected_error']:+.3f} off", flush=True)  # fmt: skip
+
+
+def measure_pair(
+    cell: dict[str, Any], arguments: argparse.Namespace, usual_step_seconds: float, never_first: bool
+) -> dict[str, Any]:
+    """A run of a method and one of "never", on the same network, one after the other."""
+    tau = cell["tau"] or 2
+    delay_steps = min(arguments.delay_steps or tau // 2, tau) or 1
+    sync_seconds = round(tau * usual_step_seconds, 2) if cell["method"] in TIMED else None
+    pair = {}
+    for method in ("never", cell["method"]) if never_first else (cell["method"], "never"):
+        pair[method] = run_one(method, cell, arguments, sync_seconds, delay_steps)
+    never, figures = pair["never"], pair[cell["method"]]
+    expected = expected_of_method(
+        cell["method"],
+        step_seconds=step_seconds(never),
+        delay_steps=delay_steps,
+        num_replicas=NUM_HOSTS,
+        **{name: cell[name] for name in ("tau", "rate", "delay_milliseconds")},
+    )
+    share = figures["tokens_per_second"] / never["tokens_per_second"]
+    return {
+        **cell,
+        "delay_steps": delay_steps if "delayed" in cell["method"] else None,
+        "sync_seconds": sync_seconds,
+        "never_first": never_first,
+        "share": share,
+        "expected_share": expected,
+        "expected_error": expected - share,
+        "figures": figures,
+        "never": never,
+    }
+
+
+def run_one(
+    method: str, cell: dict[str, Any], arguments: argparse.Namespace, sync_seconds: float | None, delay_steps: int
+) -> dict[str, Any]:
+    first, length = WARM_UP_STEPS, arguments.steps
+    if method == "hsdp":
+        length = arguments.hsdp_steps
+    elif method != "never":
+        first, length = window(method, cell["tau"], delay_steps, arguments.steps)
+    steps = first + length + 2  # two more: the sync that ends the training has something to do, after the window
+    if method in TIMED:
+        steps = length + 2 * cell["tau"] + delay_steps + 2  # an interval before and one after the window
+    return train(
+        job_settings(arguments),
+        rate=cell["rate"],
+        delay_milliseconds=cell["delay_milliseconds"],
+        timeout=arguments.timeout,
+        method=method,
+        replica_steps=(steps,) * NUM_HOSTS,
+        first_step=first,
+        measured_steps=length,
+        tau=cell.get("tau") or 0,
+        sync_seconds=sync_seconds or 0.0,
+        delay_steps=delay_steps,
+    )
+
+
+def step_seconds(figures: dict[str, Any]) -> float:
+    """Seconds of an inner step, mean over the replicas."""
+    return mean([replica["window_seconds"] / replica["window_steps"] for replica in figures["replicas"]])
+
+
+# -- telling ----------------------------------------------------------------------------------------------------------
+
+
+def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every cell's figures over its repeats."""
+    found = []
+    for key in dict.fromkeys(tuple(run[name] for name in CELL) for run in results["runs"]):
+        runs = [run for run in results["runs"] if tuple(run[name] for name in CELL) == key]
+        speeds, bounds = ([run[kind]["tokens_per_second"] for run in runs] for kind in ("figures", "never"))
+        syncs = [sync for run in runs for replica in run["figures"]["replicas"] for sync in replica["syncs"]]
+        share = ratio_of_medians(speeds, bounds)
+        expected = statistics.median(run["expected_share"] for run in runs)
+        found.append(
+            {
+                **dict(zip(CELL, key, strict=True)),
+                "pairs": len(runs),
+                "share": share,
+                "share_range": pair_range(speeds, bounds),
+                "tokens_per_second": statistics.median(speeds),
+                "bytes_per_token": statistics.median(run["figures"]["bytes_per_token"] for run in runs),
+                "exposed_seconds_per_sync": mean([sync["exposed_seconds"] for sync in syncs]) if syncs else None,
+                "wait_seconds_per_sync": mean([sync["wait_seconds"] for sync in syncs]) if syncs else None,
+                "expected_share": expected,
+                "expected_error": expected - share,
+            }
+        )
+    return found
+
+
+def panels(figures: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[str, Any]]]:
+    """The cells by interval and delay; HSDP, which has no interval, is in each of its delay's."""
+    keys = sorted({(cell["tau"], cell["delay_milliseconds"]) for cell in figures if cell["tau"] is not None})
+    keys = keys or sorted({(0, cell["delay_milliseconds"]) for cell in figures})
+    return {
+        (tau, delay): [c for c in figures if c["tau"] in (tau, None) and c["delay_milliseconds"] == delay]
+        for tau, delay in keys
+    }
+
+
+def tables(results: dict[str, Any]) -> str:
+    """The README's tables, as Markdown: shares of the bound by rate, and then everything."""
+    figures = summary(results)
+    parts = []
+    for (tau, delay), inside in panels(figures).items():
+        methods = [method for method in METHODS if any(cell["method"] == method for cell in inside)]
+        shares = {(cell["rate"], cell["method"]): f"{cell['share']:.3f}" for cell in inside}
+        rates = sorted({cell["rate"] for cell in inside}, key=bits_per_second, reverse=True)
+        rows = [[rate, *(shares.get((rate, method), "") for method in methods)] for rate in rates]
+        title = f"Share of the bound, tau {tau}, delay {delay:g} ms:"
+        parts += [title, markdown_table(["rate", *methods], rows)]
+    rows = []
+    for cell in figures:
+        low, high = cell["share_range"]
+        exposed = cell["exposed_seconds_per_sync"]
+        rows.append(
+            [
+                cell["rate"], f"{cell['delay_milliseconds']:g} ms", cell["tau"] or "", cell["method"],
+                f"{cell['tokens_per_second']:.0f}", f"{cell['share']:.3f}",
+                f"{low:.3f} to {high:.3f} ({cell['pairs']})", "" if exposed is None else f"{exposed:.2f}",
+                f"{cell['bytes_per_token']:,.0f}", f"{cell['expected_share']:.3f}", f"{cell['expected_error']:+.3f}",
+            ]
+        )  # fmt: skip
+    heading = ["rate", "delay", "tau", "method", "tokens/s", "share of the bound", "pairs' range (number)",
+               "exposed s per sync", "bytes per token", "model", "model's error"]  # fmt: skip
+    return "\n\n".join([*parts, markdown_table(heading, rows)])
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Share of the bound against the rate, a panel for each interval and delay."""
+    inside = panels(summary(results))
+    figure, axes = subplots(-(-len(inside) // 3), min(3, len(inside)))
+    for axis, ((tau, delay), found) in zip(axes, inside.items(), strict=False):
+        rates = sorted({cell["rate"] for cell in found}, key=bits_per_second)
+        for method in METHODS:
+            shares = {cell["rate"]: cell["share"] for cell in found if cell["method"] == method}
+            if not shares:
+                continue
+            places = [place for place, rate in enumerate(rates) if rate in shares]
+            axis.plot(places, [shares[rates[place]] for place in places], marker="o", label=method)
+        axis.set_xticks(range(len(rates)), rates)
+        axis.set(title=f"tau {tau}, delay {delay:g} ms", xlabel="rate of a host", ylabel="share of the bound")
+        axis.set_ylim(0, None)
+        axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
