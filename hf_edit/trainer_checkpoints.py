@@ -98,6 +98,8 @@ class TrainerCheckpoints(_TrainerToBe):
 
     def _problems_on_all_ranks(self, paths: list[Path]) -> dict[str, str | None]:
         """What keeps each checkpoint from being resumed on any rank; the ranks may see different disks."""
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 may still be at the end of what a training of this process has saved
         mine = {str(path): problem(path) for path in paths}
         everyone = [mine]
         if dist.is_initialized():

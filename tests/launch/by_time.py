@@ -192,7 +192,7 @@ def what_one_rank_wants_all_do() -> dict[str, Any]:
 
 
 def a_resumed_run_reads_on_where_each_replica_was() -> dict[str, Any]:
-    """The batches that a replica sees before and after are those of one run without a break."""
+    """Rows are read in order, so each batch of a rank is known; a resumed run begins with the first not yet seen."""
     seen: list[int] = []
 
     def collator(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,41 +200,30 @@ def a_resumed_run_reads_on_where_each_replica_was() -> dict[str, Any]:
         return {key: torch.stack([row[key] for row in batch]) for key in ("input_ids", "labels")}
 
     rows = [{**row, "number": torch.tensor(n)} for n, row in enumerate(make_rows(4096))]
-    settings = dict(
-        output_dir=str(FOLDER / "again"), max_steps=40, save_strategy="steps", save_steps=20,
-        remove_unused_columns=False,
-    )  # fmt: skip
 
-    def part(resume: Any) -> list[int]:
+    def part(resume: Any, max_steps: int) -> Any:
         seen.clear()
+        settings = dict(output_dir=str(FOLDER / "again"), max_steps=max_steps, save_strategy="steps", save_steps=20)
         trainer = Slowed(
-            model=make_model(), args=make_args(**settings), train_dataset=rows, edit_config=BY_TIME,
-            data_collator=collator, callbacks=[watch := Watch()],
+            model=make_model(), args=make_args(remove_unused_columns=False, **settings), train_dataset=rows,
+            edit_config=BY_TIME, data_collator=collator,
         )  # fmt: skip
         trainer.train(resume)
-        assert trainer.state.global_step == 40
-        taken.append(watch.own)
-        return list(seen)
+        assert trainer.state.global_step == max_steps
+        return trainer
 
-    taken: list[int] = []
-    whole = part(None)
-    first = min(int(path.name.split("-")[1]) for path in (FOLDER / "again").glob("checkpoint-*"))
-    own = torch.load(
-        FOLDER / "again" / f"checkpoint-{first}" / "edit" / f"replica-{layout().replica}" / f"host-{layout().shard}.pt"
-    )["rank"]["own_steps"]
-    resumed = part(str(FOLDER / "again" / f"checkpoint-{first}"))
-    batches = [whole[i : i + 2] for i in range(0, len(whole), 2)]
-    again = [resumed[i : i + 2] for i in range(0, len(resumed), 2)]
-    together = min(len(batches) - own, taken[1])
-    assert together > 3
-    assert again[:together] == batches[own : own + together], (own, again[:3], batches[own : own + 3])
+    layout = part(None, 40).edit_layout
+    folder = FOLDER / "again" / "checkpoint-40"
+    own = torch.load(folder / "edit" / f"replica-{layout.replica}" / f"host-{layout.shard}.pt")["rank"]["own_steps"]
+    part(str(folder), 52)
+    world = dist.get_world_size()
+    read = [
+        row for step in range(own, own + len(seen)) for row in (2 * (step * world + layout.rank) + i for i in (0, 1))
+    ]
+    assert seen
+    assert seen == read[: len(seen)], (own, seen[:4], read[:4])
     assert len(set(everywhere(own))) > 1, "replicas stood at different places"
-    return {"own": own, "resumed": taken[1]}
-
-
-def layout() -> Any:
-    trainer = Slowed(model=make_model(), args=make_args(), train_dataset=make_rows(), edit_config=BY_TIME)
-    return trainer.edit_layout
+    return {"own": own, "resumed": len(seen) // 2}
 
 
 def a_callback_that_evaluates_is_refused() -> dict[str, Any]:

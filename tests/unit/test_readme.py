@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
+
+import pytest
 
 from tests.unit.readme_table import rows
 
@@ -25,6 +29,23 @@ def test_the_traffic_is_what_was_measured() -> None:
     ):
         assert f"| {label} | {figures[0]:,} bytes | {figures[1]:,} bytes |" in README
     assert f"{measured['parameter_bytes']:,} bytes of fp32 parameters" in README
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("slow_network", "tables"), ("stragglers", "table"), ("peers", "table"), ("convergence", "tables")],
+)
+def test_its_tables_are_made_from_the_results(name: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row between <!-- NAME --> and the next blank line is one that the benchmark makes from its JSON."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples/benchmarks"), *sys.path])
+    results = json.loads((ROOT / f"examples/benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+    module = importlib.import_module("convergence_report" if name == "convergence" else name)
+    made = getattr(module, function)(results).splitlines()
+    told = [block.splitlines() for block in re.findall(rf"<!-- {name} -->\n(.*?)\n\n", README, re.DOTALL)]
+    assert told, f"README.md shows no table of {name}"
+    for block in told:
+        assert len(block) > 2
+        assert [line for line in block if line not in made] == []
 
 
 def test_its_links_lead_somewhere() -> None:
