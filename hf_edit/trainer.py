@@ -38,13 +38,14 @@ from hf_edit.telemetry import (
 )
 from hf_edit.trainer_checkpoints import EDiTCheckpointMark, TrainerCheckpoints
 from hf_edit.trainer_counts import TrainerCounts
-from hf_edit.trainer_progress import FLAGS, TrainerProgress
+from hf_edit.trainer_decisions import TrainerDecisions
+from hf_edit.trainer_progress import TrainerProgress
 from hf_edit.units import is_prepared
 
 logger = logging.getLogger(__name__)
 
 
-class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerProgress):
+class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProgress):
     """Makes any Trainer subclass train with EDiT: `class EDiTSFTTrainer(EDiTMixin, SFTTrainer)`.
 
     Args:
@@ -220,97 +221,6 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerProgress):
 
     def _advanced_since_log(self) -> bool:
         return self.state.global_step > self._globalstep_last_logged and self._own_steps > self._steps_at_log
-
-    def _decide_with_the_others(self) -> bool:
-        """Counts the step, and does what any rank wants done on equal replicas, on all of them at the same step.
-
-        A callback may want something on one rank alone (its replica's loss differs from the others'), so what is wanted
-        between two syncs rides on the next one. In warm-up all ranks see the same and want the same. True if anything
-        is done.
-        """
-        engine = self._engine
-        assert engine is not None
-        self._postponed |= self._take_wishes()
-        warming_up = engine.warming_up
-        stepped = self._count_step()
-        agreed, self._agreed = self._agreed, None
-        if self._by_time and (agreed is not None or warming_up):
-            agreed = (agreed or set()) | self._meet()
-        if self._others_may_wait():
-            agreed = engine.part(self._postponed) | (agreed or set())
-            self._parted = True
-        elif self._is_last() and not engine.replicas_equal:
-            agreed = (engine.flush(self._postponed) or set()) | (agreed or set())
-        if warming_up:
-            agreed = (agreed or set()) | self._postponed
-        elif agreed is None and self._epoch_ends_at_a_sync(stepped):
-            agreed = engine.agree(self._postponed)
-        elif agreed is None and self._stopping:
-            agreed = {"stop"}  # decided before; this is the end of the epoch that was broken off
-        if agreed is None:
-            self._say_what_moves()
-            return False
-        self._postponed -= agreed
-        if agreed:  # with a delayed sync, replicas are not equal where it is applied
-            agreed |= engine.flush(self._postponed) or set()
-            self._postponed -= agreed
-        for wish, flag in FLAGS.items():
-            setattr(self.control, flag, wish in agreed)
-        return bool(agreed)
-
-    def _say_what_moves(self) -> None:
-        if self._postponed:
-            hint = " Make eval_steps and save_steps multiples of sync_interval to keep them where they are."
-            if self._by_time:
-                hint = ""
-            elif self.edit_config.overlap == "delayed":
-                hint = f" A delayed one is applied delay_steps={self.edit_config.delay_steps} steps after it begins."
-            what = ", ".join(sorted(self._postponed))
-            self._say_once(f"what falls between two syncs ({what}) moves to the next sync.{hint}")
-
-    def _epoch_ends_at_a_sync(self, stepped: bool) -> bool:
-        engine = self._engine
-        assert engine is not None
-        return self._steps_are_equal and not stepped and (engine.replicas_equal or engine.sync.pending)
-
-    @property
-    def _steps_are_equal(self) -> bool:
-        """True if all replicas are known to come to the same steps and epochs' ends."""
-        return self._data_is_sized and not self._by_time
-
-    def _others_may_wait(self) -> bool:
-        """True if this replica's training ends where the others' may not, and it has not told them."""
-        assert self._engine is not None
-        if not self._is_last() or self._parted or self._steps_are_equal or self._engine.warming_up:
-            return False
-        return self._ran_dry() or (not self._by_time and not self._stopping)
-
-    def _count_step(self) -> bool:
-        """Tells the engine of a step that it has not heard of; False if there is none."""
-        assert self._engine is not None
-        if self._own_steps == self._counted_steps:
-            return False
-        self._counted_steps = self._own_steps
-        skipped = self.accelerator.optimizer_step_was_skipped
-        if not self._engine.warming_up:
-            self.edit_stats.inner_steps += not skipped
-            self.edit_stats.hsdp_bytes += self._gradient_bytes
-        self._agreed = self._engine.step(self._postponed, skipped)
-        return True
-
-    def _take_wishes(self) -> set[str]:
-        wishes = {wish for wish, flag in FLAGS.items() if getattr(self.control, flag)}
-        for flag in FLAGS.values():
-            setattr(self.control, flag, False)
-        return wishes
-
-    def _is_last(self) -> bool:
-        """True if no step follows."""
-        return self.state.global_step >= self.state.max_steps or self._stopping or self._ran_dry()
-
-    def _ran_dry(self) -> bool:
-        """True if an epoch has ended without a step: this rank's data are used up, and the Trainer asks for the end."""
-        return self._epoch_began_at == self._own_steps
 
     def _log_replica(self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None) -> None:
         """The Trainer's log entry, its loss averaged over this replica alone."""

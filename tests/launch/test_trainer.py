@@ -48,7 +48,9 @@ def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
     assert {cut: list(units) for cut, units in results["units_are_cut_alike"].items()} == UNITS
     layout = {"cpu_2x2.yaml": "2 replicas x 2 shards", "cpu_4x1.yaml": "4 replicas x 1 shards"}[config]
     assert f"EDiT: {layout}." in output
-    assert output.count("what falls between two syncs (evaluate) moves to the next sync") == 1
+    moves = "what falls between two syncs (evaluate) moves to the next sync."
+    assert output.count(f"{moves} Make eval_steps and save_steps multiples of sync_interval") == 1
+    assert output.count(f"{moves} A delayed one is applied delay_steps=3 steps after it begins") == 3, "once a training"
 
 
 def test_fsdp_from_training_arguments(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainer_checkpoints": {"accelerate_hook", "checkpoint", "config", "engine", "groups", "manifest", "units"},
     "trainer_counts": {"accelerate_hook", "engine", "groups", "records", "telemetry"},
     "trainer_progress": {"checkpoint", "config", "engine", "groups", "manifest", "schedule"},
+    "trainer_decisions": {"config", "engine", "telemetry", "trainer_progress"},
     "trainer": {
         "accelerate_hook",
         "config",
@@ -52,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
         "telemetry",
         "trainer_checkpoints",
         "trainer_counts",
+        "trainer_decisions",
         "trainer_progress",
         "units",
     },
@@ -60,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
 # Libraries that only these files may import.
 KEPT_TO: dict[str, set[str]] = {
     "accelerate": {"accelerate_hook", "loop", "trainer"},
-    "transformers": {"trainer", "trainer_checkpoints", "trainer_counts", "trainer_progress"},
+    "transformers": {"trainer", "trainer_checkpoints", "trainer_counts", "trainer_decisions", "trainer_progress"},
     "torch.distributed.fsdp": {"units", "accelerate_hook"},
     "torch.nn.parallel": {"units"},
     "wandb": {"telemetry"},
