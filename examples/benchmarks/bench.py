@@ -31,7 +31,9 @@ def provenance() -> dict[str, Any]:
     """
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
-        "command": " ".join(Path(word).name if os.path.isabs(word) else word for word in sys.argv),
+        "command": " ".join(
+            Path(word).name if os.path.isabs(word) or word.startswith("..") else word for word in sys.argv
+        ),
         "commit": commit.stdout.strip() or "unknown",
         "machine": platform.platform(),
         "processor": _processor(),

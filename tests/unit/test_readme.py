@@ -33,13 +33,22 @@ def test_the_traffic_is_what_was_measured() -> None:
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("slow_network", "tables"), ("stragglers", "table"), ("peers", "table"), ("convergence", "tables")],
+    [
+        ("slow_network", "tables"),
+        ("slow_network_short_steps", "tables"),
+        ("slow_network_tau32", "tables"),
+        ("stragglers", "table"),
+        ("peers", "table"),
+        ("convergence", "tables"),
+    ],
 )
 def test_its_tables_are_made_from_the_results(name: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row between <!-- NAME --> and the next blank line is one that the benchmark makes from its JSON."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples/benchmarks"), *sys.path])
     results = json.loads((ROOT / f"examples/benchmarks/results/{name}.json").read_text(encoding="utf-8"))
-    module = importlib.import_module("convergence_report" if name == "convergence" else name)
+    module = importlib.import_module(
+        {"convergence": "convergence_report"}.get(name, name.removesuffix("_tau32").removesuffix("_short_steps"))
+    )
     made = getattr(module, function)(results).splitlines()
     told = [block.splitlines() for block in re.findall(rf"<!-- {name} -->\n(.*?)\n\n", README, re.DOTALL)]
     assert told, f"README.md shows no table of {name}"
