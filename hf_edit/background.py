@@ -76,11 +76,6 @@ class BackgroundReduction:
         self._done: Any = None
         self._result = runner(self._run)
 
-    @property
-    def decided(self) -> bool:
-        """True once all replicas have come."""
-        return self._decided.is_set()
-
     def plan(self) -> SyncPlan:
         """Waits until all replicas have come."""
         self._decided.wait()

@@ -1,7 +1,7 @@
 """EDiT for one model: warm-up, inner steps, outer syncs (EDiT, Algorithm 1).
 
 Ties schedule, units, groups and sync together. The Trainer and `EDiT` drive it with three calls:
-`before_optimizer_step`, `step`, `flush`.
+`before_optimizer_step`, `step`, `flush`; where replicas end at different steps also by `part` or `meet`.
 """
 
 from __future__ import annotations

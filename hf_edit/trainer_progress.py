@@ -58,6 +58,8 @@ class TrainerProgress(_TrainerToBe):
     edit_config: EDiTConfig
     edit_layout: Layout
     _engine: Engine | None
+    _resumed: tuple[Path, Manifest] | None
+    _resumed_host: dict[str, Any]
     _flow: DefaultFlowCallback | None = None
     _own_steps: int = 0  # optimizer steps of this replica, since the training began and over all its resumptions
 
@@ -115,7 +117,7 @@ class TrainerProgress(_TrainerToBe):
             return
         self.state.num_train_epochs = self._num_epochs
         self._met_at = self._logged_at = self.state.global_step
-        if self._engine.progress.settled < self.state.global_step - 1:  # resumed on another layout
+        if self._resumed is None or self._resumed_host["rank"] is None:  # else it is this rank's own from before
             self._engine.progress.settled = float(self.state.global_step)
         if isinstance(self.lr_scheduler, FollowProgress):
             self.lr_scheduler.follow(self._engine.progress, self.lr_scheduler.last_epoch)
