@@ -13,9 +13,7 @@ from torch import Tensor
 
 from hf_edit.groups import Peers, Pending
 from hf_edit.penalty import weighed
-from hf_edit.records import SyncPlan
-
-UNITS_IN_FLIGHT = 2  # units whose all-reduce is under way: with gloo's two threads, a long pipe is filled
+from hf_edit.plan import SyncPlan
 
 T = TypeVar("T")
 Runner = Callable[[Callable[[], T]], Callable[[], T]]  # starts a job; the result waits for it and raises what it raised
@@ -57,19 +55,21 @@ class BackgroundReduction:
         decide: waits for the other replicas and says what is to be done.
         deltas: this replica's pseudo-gradient of each unit, flat fp32 [n]; kept in host memory where `device` is CUDA.
         peers: the other replicas; nobody else may talk to them until `wait` has returned.
-        device: where the tensors that are all-reduced live, those of two units at a time.
+        device: where the tensors that are all-reduced live.
+        units_in_flight: how many units' are under way, and so on `device`, at a time.
         runner: what runs it.
     """
 
     def __init__(
         self, decide: Callable[[], SyncPlan], deltas: Sequence[Tensor], peers: Peers, device: torch.device,
-        runner: Runner[list[Tensor | None]] = in_thread,
+        units_in_flight: int, runner: Runner[list[Tensor | None]] = in_thread,
     ) -> None:  # fmt: skip
         self.deltas = list(deltas)
         self.square_norms: list[Tensor] = []  # of the averages that are not None, this rank's part, [] float64
         self._decide = decide
         self._peers = peers
         self._device = device
+        self._units_in_flight = units_in_flight
         self._plan: SyncPlan | None = None
         self._decided = threading.Event()
         self._written = _mark(device)  # the deltas are
@@ -105,12 +105,13 @@ class BackgroundReduction:
             flying: deque[tuple[Tensor, Pending] | None] = deque()
             weights = plan.weights[:, self._peers.replica].tolist()
             for delta, weight, unchanged in zip(self.deltas, weights, plan.unchanged.tolist(), strict=True):
-                if len(flying) == UNITS_IN_FLIGHT:
+                if len(flying) == self._units_in_flight:
                     averages.append(self._land(flying.popleft()))
                 if unchanged:
                     flying.append(None)
                     continue
-                gradient = weighed(delta.to(self._device, non_blocking=True, copy=True), weight)
+                moved = delta.to(self._device, non_blocking=True)
+                gradient = weighed(moved, weight, out=torch.empty_like(moved) if moved is delta else moved)
                 flying.append((gradient, self._peers.all_reduce([gradient])))
             averages += [self._land(one) for one in flying]
             self._done = _mark(self._device)

@@ -107,6 +107,11 @@ class EDiTConfig:
         "background, applied delay_steps later).",
     )
     delay_steps: int = _knob(4, 'Inner steps between the start and the application of a sync with overlap="delayed".')
+    units_in_flight: int = _knob(
+        2,
+        "Units (embeddings, blocks, head) whose all-reduce is under way at a time, and whose buffers the device holds "
+        "for it. More fill a fast network with a long delay; 1 saves memory.",
+    )
     offload_outer_state: bool = _knob(False, "Keep anchor and outer momentum in (pinned) host memory between syncs.")
     sync_timeout_seconds: float = _knob(
         600.0, "Longest wait without progress in a sync before it fails with the names of the missing replicas."
@@ -117,7 +122,7 @@ class EDiTConfig:
 
     def __post_init__(self) -> None:
         self._check_triggers()
-        for name in ("num_replicas", "max_consecutive_anomalies", "delay_steps"):
+        for name in ("num_replicas", "max_consecutive_anomalies", "delay_steps", "units_in_flight"):
             value = getattr(self, name)
             if value is not None and not _is_int(value, at_least=1):
                 raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")

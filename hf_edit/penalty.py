@@ -163,10 +163,11 @@ def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def weighed(pseudo_gradient: Tensor, weight: float) -> Tensor:
-    """`weight` times the pseudo-gradient, in place; a weight of 0 gives zeros whatever it holds (0 * inf is NaN).
+def weighed(pseudo_gradient: Tensor, weight: float, out: Tensor | None = None) -> Tensor:
+    """`weight` times the pseudo-gradient, in place or in `out`; a weight of 0 gives zeros whatever it holds, also inf.
 
     >>> weighed(torch.tensor([2.0, torch.inf]), 0.0)
     tensor([0., 0.])
     """
-    return pseudo_gradient.zero_() if weight == 0.0 else pseudo_gradient.mul_(weight)
+    out = pseudo_gradient if out is None else out
+    return out.zero_() if weight == 0.0 else torch.mul(pseudo_gradient, weight, out=out)

@@ -1,30 +1,11 @@
-"""What was decided about an outer sync, and what came of it."""
+"""What came of an outer sync."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from hf_edit.penalty import effective_replicas
-
-
-@dataclass
-class SyncPlan:
-    """What all ranks have decided, from the same exchanged numbers, about a sync. Host tensors; U units, R replicas.
-
-    `norms`, `weights` [U, R] float64; `anomalous`, `restarted` [U, R] bool. `unchanged` [U] bool: nobody has anything
-    to add; `rolled_back` [U] bool: because of anomalies. `tallies` maps each tally's name to its sum over the ranks of
-    each replica, [R] float64.
-    """
-
-    norms: Tensor
-    weights: Tensor
-    anomalous: Tensor
-    restarted: Tensor
-    unchanged: Tensor
-    rolled_back: Tensor
-    tallies: dict[str, Tensor]
+from hf_edit.plan import SyncPlan
 
 
 @dataclass

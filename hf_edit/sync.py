@@ -27,20 +27,12 @@ from hf_edit.config import EDiTConfig
 from hf_edit.groups import Peers, Pending
 from hf_edit.measure import HostCopy, Stopwatch
 from hf_edit.outer import OuterRule, OuterState, apply_outer_step, new_state
-from hf_edit.penalty import (
-    DetectorState,
-    clip_factor,
-    detect_anomalies,
-    norm_weights,
-    relative_weights,
-    share_weights,
-    weighed,
-)
-from hf_edit.records import SyncPlan, SyncRecord
+from hf_edit.penalty import DetectorState, clip_factor, weighed
+from hf_edit.plan import SyncPlan, make_plan
+from hf_edit.records import SyncRecord
 from hf_edit.units import Unit
 
 logger = logging.getLogger(__name__)
-PREFETCHED_UNITS = 1  # all-reduces under way beyond the unit that is being applied: two units' buffers in all
 
 
 @dataclass
@@ -145,7 +137,9 @@ class OuterSync:
             run = self._running = _Running(begun_at, gathered, list(tallies), bytes_before)
             if beside:
                 decide = partial(self._plan, run)
-                run.beside = BackgroundReduction(decide, deltas, self.peers, self._device, self._runner)
+                run.beside = BackgroundReduction(
+                    decide, deltas, self.peers, self._device, self.config.units_in_flight, self._runner
+                )
 
     def decide(self) -> SyncPlan:
         """Waits until all replicas have come to the sync under way; what they decided."""
@@ -155,7 +149,11 @@ class OuterSync:
             return self._await_plan(self._running)
 
     def apply_in_forward(self) -> None:
-        """The sync under way will be carried out unit by unit in the next forward pass."""
+        """The sync under way will be carried out unit by unit in the next forward pass; its first units start now."""
+        plan = self.decide()
+        if self._running is not None:
+            with self._exposed:
+                self._launch(self._running, plan, self.config.units_in_flight)
         for index, unit in enumerate(self.units):
             for module in unit.modules:
                 hook = partial(self._before_forward, index)
@@ -216,9 +214,7 @@ class OuterSync:
         if run is None or index in run.applied:
             return
         plan = self._await_plan(run)
-        while run.launched < min(index + 1 + PREFETCHED_UNITS, len(self.units)):
-            run.works[run.launched] = self._launch(run.launched, plan)
-            run.launched += 1
+        self._launch(run, plan, index + self.config.units_in_flight)
         state = self.states[index]
         flying = run.works.pop(index)
         if flying is None:
@@ -271,12 +267,17 @@ class OuterSync:
             beside.deltas[index] = averages[index] = correction[:0]  # no longer needed
         self._end(run, plan)
 
-    def _launch(self, index: int, plan: SyncPlan) -> tuple[Tensor, Pending] | None:
-        if plan.unchanged[index]:
-            return None
-        gradient = self._pseudo_gradient(self.units[index], self.states[index])
-        weighed(gradient, float(plan.weights[index, self.peers.replica]))
-        return gradient, self.peers.all_reduce([gradient])
+    @torch.no_grad()
+    def _launch(self, run: _Running, plan: SyncPlan, end: int) -> None:
+        """Starts the all-reduces of the units before `end` that have not been started."""
+        while run.launched < min(end, len(self.units)):
+            index, run.launched = run.launched, run.launched + 1
+            if plan.unchanged[index]:
+                run.works[index] = None
+                continue
+            gradient = self._pseudo_gradient(self.units[index], self.states[index])
+            weighed(gradient, float(plan.weights[index, self.peers.replica]))
+            run.works[index] = gradient, self.peers.all_reduce([gradient])
 
     def _rule_now(self) -> Any:
         return self._rule.at(self.sync_count - 1) if isinstance(self._rule, OuterRule) else self._rule
@@ -291,9 +292,10 @@ class OuterSync:
 
     def _pseudo_gradient(self, unit: Unit, state: OuterState) -> Tensor:
         """Anchor minus parameters, flat fp32 [n], in a new buffer."""
-        flat = state.anchor.to(self._device, non_blocking=True, copy=True)
-        for view, part in zip(state.views(flat), unit.parts(), strict=True):
-            view.sub_(part)
+        anchor = state.anchor.to(self._device, non_blocking=True)
+        flat = torch.empty_like(anchor) if anchor is state.anchor else anchor
+        for view, before, part in zip(state.views(flat), state.views(anchor), unit.parts(), strict=True):
+            torch.sub(before, part, out=view)
         return flat
 
     def _clear_inner_state(self, unit: Unit) -> None:
@@ -319,29 +321,7 @@ class OuterSync:
         self.exchanged_at = self._clock()
         if not self.peers.commit(self.sync_count):
             raise RuntimeError(f"Outer sync {self.sync_count} was not agreed on by all replicas.")
-        config = self.config
-        norms = table[:, : len(self.units)].sqrt().T
-        tallies = dict(zip(run.tally_names, table[:, len(self.units) :].T, strict=True))
-        steps = tallies["inner_steps"]
-        idle = steps == 0  # has nothing to say, and its norm of 0 would weigh most
-        anomalous, restarted, run.detectors = detect_anomalies(
-            self.detectors,
-            norms,
-            threshold=config.anomaly_threshold,
-            alpha=config.ema_alpha,
-            warmup_syncs=config.ema_warmup_syncs,
-            max_consecutive=config.max_consecutive_anomalies,
-            idle=idle,
-        )
-        passed = ~(anomalous | idle)
-        if config.weighting == "norm":
-            weights = norm_weights(norms, passed, config.softmax_temperature)
-        elif config.weighting == "relative":
-            weights = relative_weights(norms, passed, config.softmax_temperature)
-        else:
-            weights = share_weights(steps if config.weighting == "steps" else torch.ones_like(steps), passed)
-        unchanged = ~passed.any(dim=1)
-        run.plan = SyncPlan(norms, weights, anomalous, restarted, unchanged, unchanged & anomalous.any(dim=1), tallies)
+        run.plan, run.detectors = make_plan(table, run.tally_names, self.detectors, self.config)
         return run.plan
 
     def _end(self, run: _Running, plan: SyncPlan) -> None:

@@ -114,8 +114,8 @@ def combine(ranks: Sequence[dict[str, Any]], job: Job) -> dict[str, Any]:
 
     Returns:
         `tokens_per_second` of all replicas, `bytes_per_token` that crossed between them, and `replicas`: for each its
-        window, its rate, what it sent, and for each sync in the window seconds and bytes (means over its ranks; bytes
-        summed).
+        window, its rate, its processor seconds, what it sent, and for each sync in the window seconds and bytes (means
+        over its ranks; bytes summed).
     """
     size = job.ranks_per_replica
     replicas = []
@@ -128,6 +128,7 @@ def combine(ranks: Sequence[dict[str, Any]], job: Job) -> dict[str, Any]:
                 **{name: first[name] for name in ("inner_steps", "window_steps", "window_seconds", "bytes_sent")},
                 "inner_steps_per_second": first["window_steps"] / first["window_seconds"],
                 "tokens_per_second": tokens / first["window_seconds"],
+                "cpu_seconds_per_step": sum(member["cpu_seconds"] for member in members) / first["window_steps"],
                 "syncs": [_mean_of(records) for records in zip(*(m["syncs"] for m in members), strict=True)],
             }
         )

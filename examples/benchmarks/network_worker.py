@@ -13,7 +13,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
@@ -41,13 +41,21 @@ class HSDPParallelismConfig(ReplicaParallelismConfig):
         return ParallelismConfig.fsdp_dim_names.fget(self)
 
 
+class Reading(NamedTuple):
+    """`seconds` of a monotonic clock, `cpu_seconds` of all threads of this rank, bytes that this host has `sent`."""
+
+    seconds: float
+    cpu_seconds: float
+    sent: int
+
+
 class Recorder(TrainerCallback):
-    """Keeps the time and the bytes sent at the end of every step and of every sync, and this rank's first batch."""
+    """Keeps times and bytes sent at the end of every step and of every sync, and this rank's first batch."""
 
     def __init__(self, started: Path) -> None:
         self.started = started
-        self.steps: list[tuple[float, int]] = []
-        self.syncs: list[dict[str, float]] = []
+        self.steps: list[Reading] = []
+        self.syncs: list[tuple[int, Reading, dict[str, float]]] = []  # after so many steps
         self.first_batch: str | None = None
         interface = os.environ["GLOO_SOCKET_IFNAME"]
         self._counter = Path(f"/sys/class/net/{interface}/statistics/tx_bytes")
@@ -57,9 +65,8 @@ class Recorder(TrainerCallback):
         self.first_batch = self.first_batch or digest(batch["input_ids"])
         return batch
 
-    def now(self) -> tuple[float, int]:
-        """Monotonic seconds, and bytes that this host has sent."""
-        return time.monotonic(), int(self._counter.read_text())
+    def now(self) -> Reading:
+        return Reading(time.monotonic(), time.process_time(), int(self._counter.read_text()))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.steps:
@@ -70,9 +77,8 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "edit/sync_seconds" in logs:
-            seconds, sent = self.now()
             figures = {name: logs[f"edit/{name}"] for name in SYNC_FIGURES}
-            self.syncs.append({"seconds": seconds, "sent": sent, "step": len(self.steps), **figures})
+            self.syncs.append((len(self.steps), self.now(), figures))
 
 
 def digest(*tensors: torch.Tensor) -> str:
@@ -155,17 +161,18 @@ def measure(recorder: Recorder, job: Job) -> dict[str, Any]:
     if job.method in TIMED:
         if len(syncs) < 2:
             raise RuntimeError(f"{len(syncs)} syncs of {job.sync_seconds:g} s do not make an interval; train longer.")
-        begin, end = ((sync["seconds"], sync["sent"], sync["step"]) for sync in (syncs[0], syncs[-1]))
+        (first, begin, _), (last, end, _) = syncs[0], syncs[-1]
     else:
-        last = job.first_step + job.measured_steps if job.measured_steps else len(recorder.steps)
-        begin, end = ((*recorder.steps[step - 1], step) for step in (job.first_step, last))
-    inside = [sync for sync in syncs if begin[2] < sync["step"] <= end[2]]
+        first = job.first_step
+        last = first + job.measured_steps if job.measured_steps else len(recorder.steps)
+        begin, end = recorder.steps[first - 1], recorder.steps[last - 1]
     return {
         "inner_steps": len(recorder.steps),
-        "window_steps": end[2] - begin[2],
-        "window_seconds": end[0] - begin[0],
-        "bytes_sent": end[1] - begin[1],
-        "syncs": [{name: sync[name] for name in SYNC_FIGURES} for sync in inside],
+        "window_steps": last - first,
+        "window_seconds": end.seconds - begin.seconds,
+        "cpu_seconds": end.cpu_seconds - begin.cpu_seconds,
+        "bytes_sent": end.sent - begin.sent,
+        "syncs": [figures for step, _, figures in syncs if first < step <= last],
     }
 
 

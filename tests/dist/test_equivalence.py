@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -83,6 +83,14 @@ def test_overlap_forward_and_none_agree_bit_for_bit(shape: tuple[int, int]) -> N
         assert_same(one.params, other.params)
         assert one.losses == other.losses
     assert len(forward[0].records) == len(blocking[0].records) == 3
+
+
+@pytest.mark.parametrize("overlap", ["none", "forward", "delayed"])
+def test_more_units_in_flight_change_nothing(overlap: Literal["none", "forward", "delayed"]) -> None:
+    config = dataclasses.replace(FULL, overlap=overlap, delay_steps=2)
+    two = runs(2, 2, config)
+    for number in (1, 9):
+        assert_same(runs(2, 2, dataclasses.replace(config, units_in_flight=number))[0].params, two[0].params)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 2)])

@@ -226,6 +226,28 @@ def a_resumed_run_reads_on_where_each_replica_was() -> dict[str, Any]:
     return {"own": own, "resumed": len(seen) // 2}
 
 
+def on_another_layout_it_goes_on_from_the_global_step() -> dict[str, Any]:
+    """The checkpoint is that of `a_resumed_run_reads_on_where_each_replica_was`, launched with another layout."""
+    begun: list[float] = []
+
+    class Begin(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not begun:
+                begun.extend((state.global_step, trainer._engine.progress.value))
+
+    trainer = Slowed(
+        model=make_model(), args=make_args(output_dir=str(FOLDER / "again"), max_steps=60), train_dataset=make_rows(),
+        edit_config=BY_TIME, callbacks=[watch := Watch(), Begin()],
+    )  # fmt: skip
+    trainer.watch = watch
+    trainer.train(str(FOLDER / "again" / "checkpoint-40"))
+    steps = own_steps(trainer)
+    assert begun == [40, 40.0], "each replica's own steps are not the global one"
+    assert trainer.state.global_step == 60
+    assert 20 <= sum(steps) / len(steps) < 35, steps
+    return {"own_steps": steps}
+
+
 def a_callback_that_evaluates_is_refused() -> dict[str, Any]:
     class Evaluate(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -52,6 +52,7 @@ def test_the_defaults_are_the_papers_method() -> None:
         (dict(weighting="steps2"), "weighting='steps2': one of 'norm', 'relative', 'uniform', 'steps'"),
         (dict(overlap="backward"), "overlap='backward': one of 'none', 'forward', 'delayed'"),
         (dict(delay_steps=0), "delay_steps=0"),
+        (dict(units_in_flight=0), "units_in_flight=0: a whole number of at least 1"),
         (dict(sync_timeout_seconds=-5), "sync_timeout_seconds=-5"),
     ],
 )

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_edit.records import SyncPlan, SyncRecord
+from hf_edit.plan import SyncPlan
+from hf_edit.records import SyncRecord
 from hf_edit.telemetry import (
     EDiTStats,
     LossSpikeDetector,
