@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from hf_edit.background import BackgroundReduction, Runner, in_thread, to_host
+from hf_edit.background import BackgroundReduction, Runner, Scratch, in_thread, to_host
 from hf_edit.config import EDiTConfig
 from hf_edit.groups import Peers, Pending
 from hf_edit.measure import HostCopy, Stopwatch
@@ -95,6 +95,7 @@ class OuterSync:
             )
         self._device = self.units[0].parts()[0].device
         self._running: _Running | None = None
+        self._scratch = Scratch()
         self._hooks: list[RemovableHandle] = []
         self._exposed = Stopwatch(self._device, clock)
         self._last_end = clock()
@@ -128,7 +129,7 @@ class OuterSync:
             self.exchanged_at = None
             deltas, norms = [], []
             for unit, state in self._pairs():
-                delta = self._pseudo_gradient(unit, state)
+                delta = self._pseudo_gradient(unit, state, self._scratch.take if beside else torch.empty_like)
                 norms.append(torch.linalg.vector_norm(delta).double().square())
                 if beside:
                     deltas.append(to_host(delta))
@@ -138,7 +139,7 @@ class OuterSync:
             if beside:
                 decide = partial(self._plan, run)
                 run.beside = BackgroundReduction(
-                    decide, deltas, self.peers, self._device, self.config.units_in_flight, self._runner
+                    decide, deltas, self.peers, self._device, self._scratch, self.config.units_in_flight, self._runner
                 )
 
     def decide(self) -> SyncPlan:
@@ -251,21 +252,30 @@ class OuterSync:
             replica_squares = self._sum_in_replica(torch.stack(beside.square_norms))
             reduced = [index for index, average in enumerate(averages) if average is not None]
             run.square_norms = dict(zip(reduced, replica_squares.unbind(), strict=True))
-        for index, (state, average) in enumerate(zip(self.states, averages, strict=True)):
-            correction = beside.deltas[index].to(self._device, non_blocking=True)
-            correction.sub_(state.anchor.to(self._device, non_blocking=True))  # minus where the parameters were
-            if average is None:
-                anchor = state.anchor.to(self._device, non_blocking=True)
-            else:
-                gradient = average.to(self._device, non_blocking=True)
-                if self.config.max_pseudo_grad_norm is not None:
-                    factor = clip_factor(run.square_norms[index].sqrt(), self.config.max_pseudo_grad_norm)
-                    run.factors[index] = factor
-                    gradient.mul_(factor)
-                anchor = apply_outer_step(state, gradient, self._rule_now())
-            self._write(index, plan, anchor, correction.add_(anchor) if went_on else None)
-            beside.deltas[index] = averages[index] = correction[:0]  # no longer needed
+        for index in range(len(self.units)):
+            self._correct(index, run, plan, beside.deltas.pop(0), averages.pop(0), went_on)
         self._end(run, plan)
+
+    def _correct(
+        self, index: int, run: _Running, plan: SyncPlan, delta: Tensor, average: Tensor | None, went_on: bool
+    ) -> None:
+        """Ends a delayed sync for one unit, whose pseudo-gradient was `delta`, here and on the `average` over all."""
+        state = self.states[index]
+        correction = delta.to(self._device, non_blocking=True)
+        correction.sub_(state.anchor.to(self._device, non_blocking=True))  # minus where the parameters were
+        if average is None:
+            anchor = state.anchor.to(self._device, non_blocking=True)
+        else:
+            gradient = average.to(self._device, non_blocking=True)
+            if self.config.max_pseudo_grad_norm is not None:
+                factor = clip_factor(run.square_norms[index].sqrt(), self.config.max_pseudo_grad_norm)
+                run.factors[index] = factor
+                gradient.mul_(factor)
+            anchor = apply_outer_step(state, gradient, self._rule_now())
+        self._write(index, plan, anchor, correction.add_(anchor) if went_on else None)
+        for used in (delta, average):
+            if used is not None:
+                self._scratch.give(used)
 
     @torch.no_grad()
     def _launch(self, run: _Running, plan: SyncPlan, end: int) -> None:
@@ -290,10 +300,12 @@ class OuterSync:
         run.factors[index] = clip_factor(self._sum_in_replica(square_norm).sqrt(), self.config.max_pseudo_grad_norm)
         return gradient.mul_(run.factors[index])
 
-    def _pseudo_gradient(self, unit: Unit, state: OuterState) -> Tensor:
-        """Anchor minus parameters, flat fp32 [n], in a new buffer."""
+    def _pseudo_gradient(
+        self, unit: Unit, state: OuterState, new_like: Callable[[Tensor], Tensor] = torch.empty_like
+    ) -> Tensor:
+        """Anchor minus parameters, flat fp32 [n], in a buffer of its own."""
         anchor = state.anchor.to(self._device, non_blocking=True)
-        flat = torch.empty_like(anchor) if anchor is state.anchor else anchor
+        flat = new_like(anchor) if anchor is state.anchor else anchor
         for view, before, part in zip(state.views(flat), state.views(anchor), unit.parts(), strict=True):
             torch.sub(before, part, out=view)
         return flat

@@ -10,6 +10,9 @@ paper's outer optimizer and A-EDiT, from the same seeds on the same number of to
 (random bytes for text, a learning rate that is too high), also for EDiT with a part of its penalty turned off. Without
 text files it reads the sources of the running interpreter's standard library. Every training is a torchrun of its own;
 --json keeps each finished one, and goes on where an interrupted benchmark stopped.
+
+With --rate 100mbit --methods sync edit sync-same-time the ranks stand on two hosts (network namespaces, needs root)
+with a slow network between them: what has synchronous training learnt in the time that EDiT's took?
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import signal
 import statistics
@@ -28,10 +32,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import exit_on_signals, open_results, provenance, save_json
-from convergence_job import BY_TIME, METHODS, SCENARIOS, Job, applies, default_methods
-from convergence_report import draw, tables
+from convergence_job import BY_TIME, METHODS, SCENARIOS, SYNCHRONOUS, Job, applies, default_methods
+from convergence_report import draw, runs_of, tables
+from hosts import Hosts, share_cores, unavailable
 
 HERE = Path(__file__).resolve().parent
+NUM_HOSTS = 2  # with --rate
 LAUNCH_FLAGS = ("json", "png", "table", "methods", "scenarios", "seeds", "timeout", "sync_seconds")
 QUICK = {"steps": 48, "warmup": 16, "tau": 8, "evaluations": 2, "seeds": [0], "fault_steps": 8, "validation_blocks": 64}
 
@@ -57,6 +63,10 @@ def parse() -> argparse.Namespace:
         parser.error("--table reads the runs from --json, which names no file that exists.")
     if arguments.quick:
         vars(arguments).update(QUICK)
+    if arguments.rate and (arguments.replicas * arguments.ranks_per_replica) % NUM_HOSTS:
+        parser.error(f"--rate: {NUM_HOSTS} hosts share the ranks; their number must be a multiple of it.")
+    if arguments.rate and (reason := unavailable()) is not None:
+        parser.error(f"--rate: {reason}")
     if arguments.warmup % arguments.tau:
         parser.error(f"--warmup {arguments.warmup}: a multiple of --tau {arguments.tau} puts evaluations on syncs.")
     return arguments
@@ -70,6 +80,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scenarios", nargs="+", choices=SCENARIOS, metavar="SCENARIO",
                        default=["clean", "corrupt", "spike"], help=told)  # fmt: skip
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of model, data order and fault")
+    group.add_argument("--rate", help="two hosts share the ranks, with a network of this rate, as tc writes it; "
+                       "None: the ranks talk over loopback")  # fmt: skip
     group.add_argument("--timeout", type=float, default=1800.0, help="seconds that one training may take")
     group.add_argument("--quick", action="store_true", help="one seed and a few steps, to see that it works")
 
@@ -110,7 +122,13 @@ def main() -> None:
         return
     results = open_results(arguments.json, settings_of(arguments))
     for job in jobs(arguments, results):
-        run = {**label(job), "sync_seconds": job.sync_seconds, **train(job, arguments), "provenance": provenance()}
+        run = {
+            **label(job),
+            "steps": job.steps,
+            "sync_seconds": job.sync_seconds,
+            **train(job, arguments),
+            "provenance": provenance(),
+        }
         results["runs"].append(run)
         if arguments.json:
             save_json(arguments.json, results)
@@ -123,6 +141,8 @@ def main() -> None:
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all runs of one results file have in common; of a text file its name, not where it lies."""
     settings = {name: value for name, value in vars(arguments).items() if name not in (*LAUNCH_FLAGS, "quick")}
+    if settings["rate"] is None:
+        del settings["rate"]  # there was no such setting at first
     files = {name: settings[name].name for name in ("train_file", "validation_file") if settings[name]}
     return {**settings, **files}
 
@@ -149,7 +169,7 @@ def make_job(arguments: argparse.Namespace, results: dict[str, Any], method: str
         seed=seed,
         num_replicas=arguments.replicas,
         sharded=arguments.ranks_per_replica > 1,
-        steps=arguments.steps,
+        steps=same_time_steps(arguments, results) if method == "sync-same-time" else arguments.steps,
         tau=arguments.tau,
         sync_seconds=interval_seconds(arguments, results) if method in BY_TIME else None,
         warmup=arguments.warmup,
@@ -157,7 +177,7 @@ def make_job(arguments: argparse.Namespace, results: dict[str, Any], method: str
         block=arguments.block,
         hidden_size=arguments.hidden_size,
         layers=arguments.layers,
-        learning_rate=arguments.sync_learning_rate if method == "sync" else arguments.learning_rate,
+        learning_rate=arguments.sync_learning_rate if method in SYNCHRONOUS else arguments.learning_rate,
         evaluations=arguments.evaluations,
         validation_blocks=arguments.validation_blocks,
         fault_first=boundary + (arguments.tau // 2 if spike else 0),
@@ -183,6 +203,19 @@ def interval_seconds(arguments: argparse.Namespace, results: dict[str, Any]) -> 
     return round(statistics.median(taken) * arguments.tau, 3)
 
 
+def same_time_steps(arguments: argparse.Namespace, results: dict[str, Any]) -> int:
+    """How many steps synchronous training takes in the time of EDiT's, from the finished runs of both.
+
+    Raises:
+        SystemExit: one of them has none.
+    """
+    seconds = [[run["train_seconds"] for run in runs_of(results, "clean", method)] for method in ("edit", "sync")]
+    if not all(seconds):
+        sys.exit("convergence.py: sync-same-time needs finished runs of edit and of sync; name these methods first.")
+    edit, sync = map(statistics.median, seconds)
+    return math.ceil(arguments.steps * edit / sync)
+
+
 def label(job: Job) -> dict[str, Any]:
     return {"scenario": job.scenario, "method": job.method, "seed": job.seed}
 
@@ -197,7 +230,8 @@ def train(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
         report, log = Path(folder) / "report.json", Path(folder) / "log.txt"
         job = Job(**{**vars(job), "report": str(report)})
         num_ranks = job.num_replicas * arguments.ranks_per_replica
-        problem = launch(num_ranks, job.to_json(), log, arguments.timeout)
+        start = launch_on_hosts if arguments.rate else launch
+        problem = start(num_ranks, job.to_json(), log, arguments)
         if problem is None and not report.exists():
             problem = "left no report"
         if problem is not None:
@@ -209,7 +243,7 @@ def train(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def launch(num_ranks: int, argument: str, log: Path, timeout: float) -> str | None:
+def launch(num_ranks: int, argument: str, log: Path, arguments: argparse.Namespace) -> str | None:
     """Runs the worker on `num_ranks` processes; what went wrong, or None. None of them is left running."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
@@ -217,14 +251,25 @@ def launch(num_ranks: int, argument: str, log: Path, timeout: float) -> str | No
     with log.open("w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
         try:
-            code = process.wait(timeout)
+            code = process.wait(arguments.timeout)
         except subprocess.TimeoutExpired:
-            return f"did not end within {timeout:g} s"
+            return f"did not end within {arguments.timeout:g} s"
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)  # torchrun ends its workers, which are in sessions of their own
                 process.wait()
     return f"ended with exit code {code}" if code else None
+
+
+def launch_on_hosts(num_ranks: int, argument: str, log: Path, arguments: argparse.Namespace) -> str | None:
+    """The same on two hosts with the network's rate between them."""
+    with Hosts(NUM_HOSTS, arguments.rate, cores=share_cores(NUM_HOSTS)) as hosts:
+        try:
+            hosts.torchrun(num_ranks // NUM_HOSTS, HERE / "convergence_worker.py", argument, timeout=arguments.timeout)
+        except RuntimeError as error:
+            log.write_text(str(error), encoding="utf-8")
+            return "failed"
+    return None
 
 
 if __name__ == "__main__":

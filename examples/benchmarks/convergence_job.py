@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 # Each method: an EDiTConfig preset, None for the defaults, and what differs from it. "sync" is the plain Trainer over
-# all ranks.
+# all ranks; "sync-same-time" too, with as many steps, and a schedule over these, as it has time for in EDiT's.
 METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "sync": (None, {"num_replicas": 1}),
+    "sync-same-time": (None, {"num_replicas": 1}),
     "post-local-sgd": ("post-local-sgd", {}),
     "diloco": ("diloco", {}),
     "edit": (None, {}),
@@ -23,6 +24,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
 COMPARED = ("sync", "post-local-sgd", "diloco", "edit", "edit-paper-outer", "edit-delayed", "a-edit")
 ABLATED = ("sync", "diloco", "edit", "edit-no-elimination", "edit-no-weighting", "edit-no-clipping")
 BY_TIME = ("a-edit",)
+SYNCHRONOUS = ("sync", "sync-same-time")
 
 # What each scenario does to the last replica, or to all: random bytes for text, labels in a wrong order, or a learning
 # rate that is too high.
@@ -43,7 +45,7 @@ def default_methods(scenario: str) -> tuple[str, ...]:
 
 def applies(scenario: str, method: str) -> bool:
     """False where all replicas share one learning rate, so that it cannot be too high on one alone."""
-    return not (scenario == "spike" and method == "sync")
+    return not (scenario == "spike" and method in SYNCHRONOUS)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import markdown_table, mean, subplots
-from convergence_job import METHODS, SCENARIOS
+from convergence_job import METHODS, SCENARIOS, SYNCHRONOUS
 
 Run = dict[str, Any]
 
@@ -57,7 +57,7 @@ def table(results: dict[str, Any], scenario: str, methods: Sequence[str]) -> str
     heading = ["method", "validation loss", "seeds", "spread", "over sync"]
     if scenario != "clean":
         heading += ["right after", "over its clean run"]
-    heading += ["tokens", "syncs", "clipped units", "effective replicas", "left out"]
+    heading += ["tokens", "seconds", "syncs", "clipped units", "effective replicas", "left out"]
     return markdown_table(heading, [row(results, scenario, method) for method in methods])
 
 
@@ -74,7 +74,8 @@ def row(results: dict[str, Any], scenario: str, method: str) -> list[str]:
         cells.append(f"{mean(after):.4f}" if after else "")
         cells.append(percent(excess(runs, runs_of(results, "clean", method))))
     cells.append(f"{mean([run['tokens'] for run in runs]):,.0f}")
-    if method == "sync":
+    cells.append(f"{mean([run['train_seconds'] for run in runs]):.0f}")
+    if method in SYNCHRONOUS:
         return [*cells, "", "", "", ""]
     cells.append(f"{mean([run['syncs'] for run in runs]):.0f}")
     cells.append(f"{mean([run['clipped_share'] for run in runs]):.1%}")

@@ -37,6 +37,7 @@ class Job:
         batch_size, sequence_length: of one rank in one step.
         ranks_per_replica: S.
         report: file for the figures; `report` + ".started" appears when training begins.
+        units_in_flight: EDiTConfig's; None: its default.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Job:
     sequence_length: int
     ranks_per_replica: int
     report: str
+    units_in_flight: int | None = None
 
     @property
     def num_replicas(self) -> int:
@@ -102,6 +104,8 @@ def edit_settings(job: Job) -> dict[str, Any]:
     if job.method == "never":
         return {**settings, "sync_interval": NEVER}
     settings["overlap"] = OVERLAPS[job.method]
+    if job.units_in_flight is not None:
+        settings["units_in_flight"] = job.units_in_flight
     if settings["overlap"] == "delayed":
         settings["delay_steps"] = job.delay_steps
     if job.method in TIMED:

@@ -58,6 +58,7 @@ def parse() -> argparse.Namespace:
                         help="least steps of a measured window, rounded up to whole intervals (64)")  # fmt: skip
     parser.add_argument("--hsdp_steps", type=int, default=16, help="the same for HSDP, which syncs in every step (16)")
     parser.add_argument("--delay_steps", type=int, help="of the delayed methods; at most the interval (half of it)")
+    parser.add_argument("--units_in_flight", type=int, help="EDiTConfig's (its default)")
     add_common_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:
@@ -82,6 +83,8 @@ def main() -> None:
         sys.exit(f"slow_network.py: {reason}")
     exit_on_signals()
     settings = {**file_settings(arguments), "delay_steps": arguments.delay_steps or "half the interval"}
+    if arguments.units_in_flight is not None:
+        settings["units_in_flight"] = arguments.units_in_flight
     results = open_results(arguments.json, settings)
     measure(results, arguments)
     print("\n" + tables(results))
@@ -178,6 +181,7 @@ def run_one(
         tau=cell.get("tau") or 0,
         sync_seconds=sync_seconds or 0.0,
         delay_steps=delay_steps,
+        units_in_flight=arguments.units_in_flight,
     )
 
 
