@@ -106,11 +106,15 @@ class EDiTConfig:
         'What hides a sync: "none" (blocks), "forward" (layer by layer in the next forward pass), "delayed" (in the '
         "background, applied delay_steps later).",
     )
-    delay_steps: int = _knob(4, 'Inner steps between the start and the application of a sync with overlap="delayed".')
+    delay_steps: int = _knob(
+        4,
+        'Inner steps between the start and the application of a sync with overlap="delayed"; with sync_seconds fewer '
+        "where the next sync is due before.",
+    )
     units_in_flight: int = _knob(
         2,
         "Units (embeddings, blocks, head) whose all-reduce is under way at a time, and whose buffers the device holds "
-        "for it. More fill a fast network with a long delay; 1 saves memory.",
+        "for it. 2 keep the network busy while one is applied; 1 saves memory.",
     )
     offload_outer_state: bool = _knob(False, "Keep anchor and outer momentum in (pinned) host memory between syncs.")
     sync_timeout_seconds: float = _knob(

@@ -145,7 +145,9 @@ class Engine:
         agreed = None
         if self._delay_steps and self.sync.pending and self.schedule.turns >= self._delay_steps:
             agreed = self._settle()
-        if self._is_due(due) and not self.sync.pending:
+        if self._is_due(due):
+            if self.sync.pending:  # by time, on a replica whose steps are long: it would keep the others waiting
+                agreed = self._settle()
             self._begin(wishes, beside=self._delay_steps > 0)
             if not self._delay_steps:
                 agreed = self._settle(in_forward=self._in_forward)
@@ -154,7 +156,8 @@ class Engine:
     def _is_due(self, due: bool) -> bool:
         if not self.by_time:
             return due
-        if self._last_step is not None:  # a delayed sync is applied that much later, and the end is decided then
+        if self._last_step is not None and not self.sync.pending:
+            # A delayed sync is applied that much later, and the end is decided then.
             due = due or self.progress.value + self._delay_steps >= self._last_step
         return self.peers.lead(due)
 

@@ -157,8 +157,10 @@ def measure(recorder: Recorder, job: Job) -> dict[str, Any]:
     Raises:
         RuntimeError: training ended before two timed syncs had.
     """
-    syncs = recorder.syncs[:-1]  # the last one ends the training
+    last_step = len(recorder.steps)
+    syncs = [sync for sync in recorder.syncs if sync[0] < last_step]  # the others end the training, and wait for all
     if job.method in TIMED:
+        syncs = syncs[:-1]  # who is ahead begins the last one early, when it expects the end
         if len(syncs) < 2:
             raise RuntimeError(f"{len(syncs)} syncs of {job.sync_seconds:g} s do not make an interval; train longer.")
         (first, begin, _), (last, end, _) = syncs[0], syncs[-1]

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import exit_on_signals, markdown_table, mean, open_results, save_json, subplots
+from bench import exit_on_signals, markdown_table, mean, open_results, pair_range, save_json, subplots
 from cost_model import bits_per_second
 from hosts import unavailable
 from network_job import METHODS, TIMED, window
@@ -180,12 +180,13 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     """For every scenario and method the medians over its repeats; lists have one figure a host."""
     found = []
     for scenario, method in dict.fromkeys((run["scenario"], run["method"]) for run in results["runs"]):
-        runs = [r["figures"] for r in results["runs"] if (r["scenario"], r["method"]) == (scenario, method)]
-        bounds = [r["figures"] for r in results["runs"] if (r["scenario"], r["method"]) == (scenario, "never")]
-        if method == "never" or not bounds:
+        pairs = [] if method == "never" else paired(results, scenario, method)
+        if not pairs:
             continue
+        runs, bounds = zip(*pairs, strict=True)
         mine, alone = ([statistics.median(host) for host in zip(*map(speeds, f), strict=True)] for f in (runs, bounds))
-        waits = waits_of(runs[-1])
+        longest = max(runs, key=lambda figures: len(waits_of(figures)))
+        waits = waits_of(longest)
         half = len(waits) // 2
         found.append(
             {
@@ -195,8 +196,9 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "inner_steps_per_second": mine,
                 "alone_inner_steps_per_second": alone,
                 "share": sum(mine) / sum(alone),
+                "share_range": pair_range(*([sum(speeds(f)) for f in each] for each in (runs, bounds))),
                 "idle_share": [1 - speed / bound for speed, bound in zip(mine, alone, strict=True)],
-                "wait_share": wait_shares(runs[-1]) if waits else None,
+                "wait_share": wait_shares(longest) if waits else None,
                 "syncs": len(waits),
                 "wait_seconds": waits,
                 "wait_seconds_first_half": mean(waits[:half]) if half else None,
@@ -204,6 +206,15 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def paired(results: dict[str, Any], scenario: str, method: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The figures of a method's runs, each with those of "never" in the same repeat."""
+    kinds = {"never": {}, method: {}}
+    for run in results["runs"]:
+        if run["scenario"] == scenario and run["method"] in kinds:
+            kinds[run["method"]][run["repeat"]] = run["figures"]
+    return [(figures, kinds["never"][repeat]) for repeat, figures in kinds[method].items() if repeat in kinds["never"]]
 
 
 def waits_of(figures: dict[str, Any]) -> list[float]:
@@ -232,9 +243,11 @@ def table(results: dict[str, Any]) -> str:
         alone = " / ".join(f"{value:.2f}" for value in cell["alone_inner_steps_per_second"])
         halves = [cell["wait_seconds_first_half"], cell["wait_seconds_second_half"]]
         waits = "" if None in halves else " then ".join(f"{value:.2f}" for value in halves)
-        rows.append([cell["scenario"], cell["method"], speed, alone, f"{cell['share']:.3f}", shares(cell["idle_share"]),
+        rows.append([cell["scenario"], cell["method"], speed, alone, f"{cell['share']:.3f}",
+                     "{:.3f} to {:.3f} ({})".format(*cell["share_range"], cell["runs"]), shares(cell["idle_share"]),
                      shares(cell["wait_share"]), waits, cell["syncs"] or ""])  # fmt: skip
-    heading = ["scenario", "method", "inner steps/s, host 0 / 1", "alone", "share of both alone", "idle, host 0 / 1",
+    heading = ["scenario", "method", "inner steps/s, host 0 / 1", "alone", "share of both alone",
+               "lowest to highest (runs)", "idle, host 0 / 1",
                "waiting at syncs", "s waited per sync, first half then second", "syncs"]  # fmt: skip
     return markdown_table(heading, rows)
 

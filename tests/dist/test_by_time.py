@@ -92,6 +92,24 @@ def test_a_delayed_sync_by_time() -> None:
     assert run_ranks(2, body) == [[-9.5, -11.5, [2.0, 2.0]], [-13.5, -11.5, [2.0, 2.0]]]
 
 
+def test_a_delayed_sync_ends_when_the_next_one_is_due() -> None:
+    """As above, but the delay of five steps is longer than replica 1's interval of three: it applies the first sync
+    then, at -7.5 - 9, and replica 0 at -7.5 - 5. The second one's pseudo-gradients are again 6 and 9."""
+
+    def body(rank: int) -> list[Any]:
+        replica = Replica(
+            rank, 2, step_seconds=1.0 + rank, gradient=1.0 + 2 * rank, sync_seconds=6.0, weighting="uniform",
+            overlap="delayed", delay_steps=5,
+        )  # fmt: skip
+        seen: list[Any] = [(n, replica.value) for n in range(12 if rank == 0 else 6) if replica.step() is not None]
+        assert replica.engine.sync.pending
+        assert replica.now == 112.0
+        replica.engine.meet()
+        return [*seen, replica.value, replica.engine.take_records()[-1].plan.tallies["inner_steps"].tolist()]
+
+    assert run_ranks(2, body) == [[(10, -12.5), -15.0, [6.0, 3.0]], [(5, -16.5), -15.0, [6.0, 3.0]]]
+
+
 @pytest.mark.parametrize("overlap", ["none", "delayed"])
 def test_who_has_ended_waits_for_the_others_and_weighs_nothing(overlap: str) -> None:
     """Replica 1 ends after the first sync; replica 0 goes on for two more, which are its own alone, and ends, too."""
