@@ -40,15 +40,15 @@ def test_the_traffic_is_what_was_measured() -> None:
         ("stragglers", "table"),
         ("peers", "table"),
         ("convergence", "tables"),
+        ("convergence_100mbit", "tables"),
     ],
 )
 def test_its_tables_are_made_from_the_results(name: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row between <!-- NAME --> and the next blank line is one that the benchmark makes from its JSON."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples/benchmarks"), *sys.path])
     results = json.loads((ROOT / f"examples/benchmarks/results/{name}.json").read_text(encoding="utf-8"))
-    module = importlib.import_module(
-        {"convergence": "convergence_report"}.get(name, name.removesuffix("_tau32").removesuffix("_short_steps"))
-    )
+    script = re.sub(r"_(short_steps|tau32|100mbit)$", "", name)
+    module = importlib.import_module({"convergence": "convergence_report"}.get(script, script))
     made = getattr(module, function)(results).splitlines()
     told = [block.splitlines() for block in re.findall(rf"<!-- {name} -->\n(.*?)\n\n", README, re.DOTALL)]
     assert told, f"README.md shows no table of {name}"
