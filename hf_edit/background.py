@@ -51,8 +51,8 @@ def at_once(job: Callable[[], T]) -> Callable[[], T]:
 class Scratch:
     """Flat host tensors that one delayed sync gives back and the next one takes.
 
-    Fresh memory costs a page fault every 4 KiB, a quarter of a delayed sync's work on a CPU. On CUDA torch's own
-    allocators keep what was used, and this does nothing.
+    Fresh memory costs a page fault every 4 KiB. On CUDA torch's own allocators keep what was used, and this does
+    nothing.
     """
 
     def __init__(self) -> None:

@@ -133,6 +133,7 @@ class OuterSync:
                 norms.append(torch.linalg.vector_norm(delta).double().square())
                 if beside:
                     deltas.append(to_host(delta))
+                del delta  # before the next one is made
             scalars = [torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in tallies.values()]
             gathered = self.peers.gather(self._sum_in_replica(torch.stack([*norms, *scalars])))
             run = self._running = _Running(begun_at, gathered, list(tallies), bytes_before)

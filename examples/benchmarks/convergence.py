@@ -34,6 +34,7 @@ from typing import Any
 from bench import exit_on_signals, open_results, provenance, save_json
 from convergence_job import BY_TIME, METHODS, SCENARIOS, SYNCHRONOUS, Job, applies, default_methods
 from convergence_report import draw, runs_of, tables
+from cost_model import bits_per_second
 from hosts import Hosts, share_cores, unavailable
 
 HERE = Path(__file__).resolve().parent
@@ -65,6 +66,10 @@ def parse() -> argparse.Namespace:
         vars(arguments).update(QUICK)
     if arguments.rate and (arguments.replicas * arguments.ranks_per_replica) % NUM_HOSTS:
         parser.error(f"--rate: {NUM_HOSTS} hosts share the ranks; their number must be a multiple of it.")
+    try:
+        bits_per_second(arguments.rate or "unlimited")
+    except ValueError as error:
+        parser.error(f"--rate: {error}")
     if arguments.rate and (reason := unavailable()) is not None:
         parser.error(f"--rate: {reason}")
     if arguments.warmup % arguments.tau:
@@ -263,7 +268,8 @@ def launch(num_ranks: int, argument: str, log: Path, arguments: argparse.Namespa
 
 def launch_on_hosts(num_ranks: int, argument: str, log: Path, arguments: argparse.Namespace) -> str | None:
     """The same on two hosts with the network's rate between them."""
-    with Hosts(NUM_HOSTS, arguments.rate, cores=share_cores(NUM_HOSTS)) as hosts:
+    limit = None if arguments.rate == "unlimited" else arguments.rate
+    with Hosts(NUM_HOSTS, limit, cores=share_cores(NUM_HOSTS)) as hosts:
         try:
             hosts.torchrun(num_ranks // NUM_HOSTS, HERE / "convergence_worker.py", argument, timeout=arguments.timeout)
         except RuntimeError as error:
