@@ -27,14 +27,14 @@ VOCABULARY_SIZE = 4096
 def provenance() -> dict[str, Any]:
     """What it takes to repeat a measurement: the command, the commit, the machine, the versions, the time.
 
-    Files that lie elsewhere are told by their names alone.
+    Files that lie elsewhere are told by their names alone. The commit ends in "-modified" where the code that ran is
+    not the commit's.
     """
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
         "command": " ".join(
             Path(word).name if os.path.isabs(word) or word.startswith("..") else word for word in sys.argv
         ),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "machine": platform.platform(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -42,6 +42,15 @@ def provenance() -> dict[str, Any]:
         **{name: version(name) for name in ("torch", "transformers", "accelerate")},
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=HERE.parents[1], capture_output=True, text=True).stdout.strip()
+
+    # What a benchmark writes into results/ is no code.
+    modified = git("status", "--porcelain", "--", "hf_edit", "examples", ":!examples/benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-modified" if modified else "")
 
 
 def _processor() -> str:

@@ -16,25 +16,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import (
-    exit_on_signals,
-    markdown_table,
-    mean,
-    open_results,
-    pair_range,
-    ratio_of_medians,
-    save_json,
-    subplots,
-)
+from bench import markdown_table, mean, pair_range, ratio_of_medians, save_json, subplots
 from cost_model import bits_per_second, expected_of_method
-from hosts import unavailable
 from network_job import METHODS, TIMED, window
-from training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, file_settings, job_settings, stored, train
+from training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, job_settings, measure_or_tell, train
 
 CELL = ("rate", "delay_milliseconds", "tau", "method")
 QUICK = {
@@ -73,24 +62,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    if arguments.table:
-        results = stored(arguments.table)
-        print(tables(results))
-        if arguments.png:
-            plot(results, arguments.png)
-        return
-    if (reason := unavailable(delay=any(arguments.delays))) is not None:
-        sys.exit(f"slow_network.py: {reason}")
-    exit_on_signals()
-    settings = {**file_settings(arguments), "delay_steps": arguments.delay_steps or "half the interval"}
+    settings = {"delay_steps": arguments.delay_steps or "half the interval"}
     if arguments.units_in_flight is not None:
         settings["units_in_flight"] = arguments.units_in_flight
-    results = open_results(arguments.json, settings)
-    measure(results, arguments)
-    print("\n" + tables(results))
-    png = arguments.png or (arguments.json and arguments.json.with_suffix(".png"))
-    if png:
-        plot(results, png)
+    measure_or_tell(arguments, settings, measure, tables, plot, with_delay=any(arguments.delays))
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -258,23 +233,30 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Share of the bound against the rate, a panel for each interval and delay."""
+    """Share of the bound by method: against the rate, or as bars of the only one; a panel an interval and delay."""
     inside = panels(summary(results))
     figure, axes = subplots(-(-len(inside) // 3), min(3, len(inside)))
     for axis, ((tau, delay), found) in zip(axes, inside.items(), strict=False):
         rates = sorted({cell["rate"] for cell in found}, key=bits_per_second)
-        for method in METHODS:
-            shares = {cell["rate"]: cell["share"] for cell in found if cell["method"] == method}
-            if not shares:
-                continue
-            places = [place for place, rate in enumerate(rates) if rate in shares]
-            axis.plot(places, [shares[rates[place]] for place in places], marker="o", label=method)
+        shares = {method: {cell["rate"]: cell["share"] for cell in found if cell["method"] == method}
+                  for method in METHODS if any(cell["method"] == method for cell in found)}  # fmt: skip
+        if len(rates) == 1:
+            axis.barh(list(shares), [by_rate[rates[0]] for by_rate in shares.values()])
+            axis.set(xlabel="share of the bound", title=f"{rates[0]}, tau {tau}, delay {delay:g} ms")
+            axis.axvline(1.0, color="grey", linewidth=0.8)
+            axis.invert_yaxis()
+            continue
+        for method, by_rate in shares.items():
+            places = [place for place, rate in enumerate(rates) if rate in by_rate]
+            axis.plot(places, [by_rate[rates[place]] for place in places], marker="o", label=method)
         axis.set_xticks(range(len(rates)), rates)
         axis.set(title=f"tau {tau}, delay {delay:g} ms", xlabel="rate of a host", ylabel="share of the bound")
         axis.set_ylim(0, None)
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    labels = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if labels:
+        figure.legend(labels.values(), labels.keys(), loc="outside lower left", ncol=5, fontsize="small")
     figure.savefig(path, dpi=150)
 
 

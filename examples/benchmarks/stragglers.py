@@ -17,17 +17,15 @@ import argparse
 import itertools
 import math
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import exit_on_signals, markdown_table, mean, open_results, pair_range, save_json, subplots
+from bench import markdown_table, mean, pair_range, save_json, subplots
 from cost_model import bits_per_second
-from hosts import unavailable
 from network_job import METHODS, TIMED, window
 from stalls import Stalls
-from training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, file_settings, job_settings, stored, train
+from training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, job_settings, measure_or_tell, train
 
 SLOW_HOST = 1
 QUOTAS = {"even": 1.0, "2x": 0.5, "4x": 0.25, "stalls": 1.0}  # of the slow host, in processor seconds per second
@@ -66,23 +64,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    if arguments.table:
-        results = stored(arguments.table)
-        print(table(results))
-        if arguments.png:
-            plot(results, arguments.png)
-        return
-    if (reason := unavailable()) is not None:
-        sys.exit(f"stragglers.py: {reason}")
-    exit_on_signals()
     names = ("sync_seconds", "tau", "delay_steps", "rate", "gap_seconds", "stall_seconds")
-    settings = {**file_settings(arguments), **{name: getattr(arguments, name) for name in names}}
-    results = open_results(arguments.json, settings)
-    measure(results, arguments)
-    print("\n" + table(results))
-    png = arguments.png or (arguments.json and arguments.json.with_suffix(".png"))
-    if png:
-        plot(results, png)
+    measure_or_tell(arguments, {name: getattr(arguments, name) for name in names}, measure, table, plot)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -269,7 +252,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     bars.set_xticks(range(len(scenarios)), scenarios)
     bars.set(xlabel="scenario", ylabel="inner steps/s, share of both alone")
     bars.axhline(1.0, color="grey", linewidth=0.8)
-    bars.legend(fontsize="small")
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower left", ncol=len(methods), fontsize="small")
     for cell in cells:
         if cell["method"] in TIMED:
             lines.plot(range(1, cell["syncs"] + 1), cell["wait_seconds"], label=f"{cell['method']}, {cell['scenario']}")

@@ -1,4 +1,4 @@
-"""Runs one training of the network benchmarks on two hosts, and what both drivers ask on the command line."""
+"""Runs one training of the network benchmarks on two hosts, and what both drivers do alike: flags, files, telling."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import NUM_PARAMETERS
-from hosts import HERE, Hosts, share_cores
+from bench import NUM_PARAMETERS, exit_on_signals, open_results
+from hosts import HERE, Hosts, share_cores, unavailable
 from network_job import Job
 
 NUM_HOSTS = 2
@@ -82,9 +82,34 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the tables of this file, run nothing")
 
 
-def stored(path: Path) -> dict[str, Any]:
-    """The results in `path`."""
-    if not path.exists():
-        sys.exit(f"{path}: no such file; it is made by --json")
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return results
+def measure_or_tell(
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    measure: Callable[[dict[str, Any], argparse.Namespace], None],
+    tell: Callable[[dict[str, Any]], str],
+    plot: Callable[[dict[str, Any], Path], None],
+    *,
+    with_delay: bool = False,
+) -> None:
+    """A driver's main(): with --table tells of a file's results, else measures, keeps them in --json and tells.
+
+    Args:
+        settings: what the results of one file have in common, beside what those of both drivers have.
+        with_delay: the network shall have a delay.
+    """
+    png = arguments.png
+    if arguments.table:
+        if not arguments.table.exists():
+            sys.exit(f"{arguments.table}: no such file; it is made by --json")
+        results = json.loads(arguments.table.read_text(encoding="utf-8"))
+    else:
+        if (reason := unavailable(delay=with_delay)) is not None:
+            sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
+        exit_on_signals()
+        results = open_results(arguments.json, {**file_settings(arguments), **settings})
+        measure(results, arguments)
+        png = png or (arguments.json and arguments.json.with_suffix(".png"))
+        print()
+    print(tell(results))
+    if png:
+        plot(results, png)
