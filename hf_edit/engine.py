@@ -29,6 +29,8 @@ from hf_edit.units import find_units, is_compiled, keep_gradients_local, release
 # What every rank counts between two syncs over its own micro-batches, so that the sum over the replica's ranks is the
 # replica's: training loss, tokens (for the throughput), tokens as the Trainer counts them, floating point operations.
 TALLIES = ("loss", "tokens", "input_tokens", "flos")
+# A replica whose training has ended waits for that many of its own intervals until all others come to their next sync.
+PATIENCE_INTERVALS = 10
 WISHES = ("evaluate", "save", "stop", "epoch_stop")  # needing equal replicas, and the same decision on every rank
 
 
@@ -80,6 +82,9 @@ class Engine:
         self._in_forward = config.overlap == "forward" and not is_compiled(model)
         self._delay_steps = config.delay_steps if config.overlap == "delayed" else 0
         self._last_step = last_step
+        self._first_step = first_step
+        self._clock = clock
+        self._started_at = clock()
         self._all_met = False
         if self.by_time:
             peers.lead(True)  # whatever it needs is made now
@@ -161,40 +166,53 @@ class Engine:
             due = due or self.progress.value + self._delay_steps >= self._last_step
         return self.peers.lead(due)
 
-    def flush(self, wishes: Collection[str] = ()) -> set[str] | None:
+    def flush(self, wishes: Collection[str] = (), parting: bool = False) -> set[str] | None:
         """Makes the replicas equal: ends a sync under way, and syncs what was learnt since the last one.
 
-        Arguments and result are those of `step`; None if there was nothing to sync.
+        Other arguments and result are those of `step`; None if there was nothing to sync.
+
+        Args:
+            parting: this replica has just heard at a sync, by `hear` or `part`, what all now flush for. The others do
+                so where they apply a delayed sync, and then sync what they learnt meanwhile; so this one joins them.
         """
-        agreed = self._end_pending()
-        if self.schedule.turns:
+        agreed = self.hear()
+        if self.schedule.turns or (parting and self._delay_steps):
             agreed = self._sync(wishes) | (agreed or set())
         return agreed
 
-    def part(self, wishes: Collection[str]) -> set[str]:
-        """Makes the replicas equal where this one's training ends and the others' may go on: tells them at their next
-        sync what it wants. Result as of `step`."""
-        agreed = self._end_pending() or set()
-        agreed |= self._sync(wishes)
-        if self._delay_steps:  # they hear of it when they apply that sync, and then sync what they learnt meanwhile
-            agreed |= self._sync(())
+    def hear(self) -> set[str] | None:
+        """Ends a sync under way; what any rank wanted at it if this one has not heard of that yet, else None."""
+        agreed = self._settle() if self._delay_steps and self.sync.pending else None
+        self.sync.finish()
         return agreed
+
+    def part(self, wishes: Collection[str]) -> set[str]:
+        """Tells the others at their next sync what this replica wants, whose training ends where theirs may go on.
+
+        Result as of `step`. No sync may be under way.
+        """
+        self._wait_for_training_replicas()
+        return self._sync(wishes)
 
     def meet(self) -> None:
         """Makes the replicas equal, when each calls it in its own time: joins the others' syncs until all are here.
 
         For a loop whose replicas take different numbers of steps. One that waits here has no step to tell of, and
-        weighs nothing.
+        weighs nothing. In the warm-up they are equal, and take their steps together.
         """
-        self._end_pending()
+        if self.warming_up:
+            return
+        self.hear()
         self._all_met = False
         while not self._all_met:
+            self._wait_for_training_replicas()
             self._sync(("meet",))
 
-    def _end_pending(self) -> set[str] | None:
-        agreed = self._settle() if self._delay_steps and self.sync.pending else None
-        self.sync.finish()
-        return agreed
+    def _wait_for_training_replicas(self) -> None:
+        """They may be an interval away, which is longer than any wait between replicas that come to a sync by turns."""
+        steps = max(1, self.schedule.step - self._first_step)
+        interval_seconds = self.config.sync_interval * (self._clock() - self._started_at) / steps
+        self.peers.wait_for_arrivals(PATIENCE_INTERVALS * interval_seconds)
 
     def _sync(self, wishes: Collection[str]) -> set[str]:
         self._begin(wishes)
@@ -234,7 +252,7 @@ class Engine:
         """
         shared = self.sync.decide().tallies
         self.schedule.restart_timer(self.sync.exchanged_at)
-        self.progress.settle([round(turns) for turns in shared["turns"].tolist()])
+        self.progress.settle([round(turns) for turns in shared["turns"].tolist()], self._delay_steps)
         if in_forward:
             self.sync.apply_in_forward()
         else:

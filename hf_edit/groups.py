@@ -142,7 +142,7 @@ class ProcessGroupPeers:
         self._arrivals += 1
         rows = [torch.empty_like(vector) for _ in range(self.num_replicas)]
         with self._blame():
-            self._announce()
+            self._announce(self._arrivals)
             work = dist.all_gather(rows, vector, group=self.sync_group, async_op=True)
         self.bytes_sent += vector.nbytes * (self.num_replicas - 1)
 
@@ -222,11 +222,21 @@ class ProcessGroupPeers:
                 raise RuntimeError("timed out")
             time.sleep(5e-5)
 
+    def wait_for_arrivals(self, seconds: float) -> None:
+        """Waits until all of this sync group have come to the exchange that this rank has come to; at most `seconds`,
+        after which that exchange's own limit begins. Asks the rendezvous store, and none of them."""
+        store, deadline = _default_store(), time.monotonic() + seconds
+        self._announce(self._arrivals + 1)
+        others = [rank for rank in self.layout.sync_ranks(self.layout.shard) if rank != self.layout.rank]
+        while store is not None and others and time.monotonic() < deadline:
+            others = [rank for rank in others if _arrivals_of(store, rank) <= self._arrivals]
+            time.sleep(0.1 if others else 0.0)
+
     # -- who is missing ---------------------------------------------------------------------------------------------
 
-    def _announce(self) -> None:
+    def _announce(self, arrivals: int) -> None:
         if (store := _default_store()) is not None:
-            store.set(_arrival_key(self.layout.rank), str(self._arrivals))
+            store.set(_arrival_key(self.layout.rank), str(arrivals))
 
     def _blame(self) -> _Blame:
         return _Blame(self)
@@ -236,8 +246,7 @@ class ProcessGroupPeers:
         if store is None:
             return []
         arrived = [
-            store.check([_arrival_key(rank)]) and int(store.get(_arrival_key(rank))) >= self._arrivals
-            for rank in range(self.num_replicas * self.layout.replica_size)
+            _arrivals_of(store, rank) >= self._arrivals for rank in range(self.num_replicas * self.layout.replica_size)
         ]
         return [i for i in range(self.num_replicas) if not all(arrived[rank] for rank in self.layout.replica_ranks(i))]
 
@@ -304,6 +313,11 @@ def _leave_cleanly_at_exit() -> None:
 
 def _arrival_key(rank: int) -> str:
     return f"hf_edit/arrivals/{rank}"
+
+
+def _arrivals_of(store: Any, rank: int) -> int:
+    """The exchanges that `rank` has come to."""
+    return int(store.get(_arrival_key(rank))) if store.check([_arrival_key(rank)]) else 0
 
 
 def _default_store() -> Any:

@@ -97,7 +97,10 @@ class GlobalProgress:
     own_steps: int = 0  # since the last sync began
     handed_over: int = 0  # told to a sync under way
     recent: list[float] = field(default_factory=list)
-    furthest: float = 0.0  # what the replica that was most hopeful estimated when they last met
+    totals: list[float] = field(default_factory=list)  # the steps of each replica, as they have told
+    # Of the last sync, from what the replicas told each other alone, and so equal on all of them:
+    when_met: float = 0.0  # the value where it is applied, if all take its whole delay until then
+    furthest: float = 0.0  # no replica's estimate is beyond it there
 
     @property
     def rate(self) -> float:
@@ -110,9 +113,9 @@ class GlobalProgress:
         return self.settled + self.rate * (self.handed_over + self.own_steps)
 
     @property
-    def when_met(self) -> float:
-        """The exact value where all have taken as many steps since the last sync began: none, or its delay."""
-        return self.settled + self.own_steps
+    def behind(self) -> float:
+        """Steps that the replica which has taken most has told more of than this one."""
+        return max(self.totals) - self.totals[self.replica] if self.totals else 0.0
 
     def take_step(self) -> None:
         self.own_steps += 1
@@ -121,14 +124,18 @@ class GlobalProgress:
         """A sync begins, which will tell the steps of all replicas up to now."""
         self.handed_over, self.own_steps = self.handed_over + self.own_steps, 0
 
-    def settle(self, steps: Sequence[float]) -> None:
-        """The replicas took `steps` [R] between the last two syncs' beginnings."""
-        estimates = [self._rate_of(i) * (count + self.own_steps) for i, count in enumerate(steps)]
-        self.furthest = max(self.furthest, self.settled + max(estimates))
+    def settle(self, steps: Sequence[float], delay_steps: int = 0) -> None:
+        """The replicas took `steps` [R] between the last two syncs' beginnings, and at most `delay_steps` own ones from
+        there to where each comes to know it."""
+        estimates = [self._rate_of(i) * (count + delay_steps) for i, count in enumerate(steps)]
+        self.furthest = self.settled + max(estimates)
         self.settled += sum(steps) / len(steps)
+        self.when_met = self.settled + delay_steps
         self.handed_over = 0
-        before = self.recent or [0.0] * len(steps)
-        self.recent = [old / 2 + new for old, new in zip(before, steps, strict=True)]
+        self.totals = [old + new for old, new in zip(self.totals or [0.0] * len(steps), steps, strict=True)]
+        if min(steps) > 0:  # else one was waiting for the others, which says nothing of how fast it is
+            before = self.recent or [0.0] * len(steps)
+            self.recent = [old / 2 + new for old, new in zip(before, steps, strict=True)]
 
     def _rate_of(self, replica: int) -> float:
         taken = self.recent[replica] if self.recent else 0.0

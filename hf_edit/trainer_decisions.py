@@ -41,15 +41,19 @@ class TrainerDecisions(_TrainerToBe):
         warming_up = engine.warming_up
         stepped = self._count_step()
         agreed, self._agreed = self._agreed, None
-        if self._by_time and (agreed is not None or warming_up):
-            agreed = (agreed or set()) | self._meet()
-        if self._others_may_wait():
-            agreed = engine.part(self._postponed) | (agreed or set())
+        if warming_up:
+            agreed = agreed or set()
+        agreed = self._with_progress(agreed)
+        parting = not agreed and self._others_may_wait()
+        if parting:
             self._parted = True
+            agreed = self._with_progress(engine.hear())
+            if not agreed:
+                agreed = self._with_progress(engine.part(self._postponed))
         elif self._is_last() and not engine.replicas_equal:
             agreed = (engine.flush(self._postponed) or set()) | (agreed or set())
         if warming_up:
-            agreed = (agreed or set()) | self._postponed
+            agreed = agreed | self._postponed
         elif agreed is None and self._epoch_ends_at_a_sync(stepped):
             agreed = engine.agree(self._postponed)
         elif agreed is None and self._stopping:
@@ -59,11 +63,17 @@ class TrainerDecisions(_TrainerToBe):
             return False
         self._postponed -= agreed
         if agreed:  # with a delayed sync, replicas are not equal where it is applied
-            agreed |= engine.flush(self._postponed) or set()
+            agreed |= engine.flush(self._postponed, parting=parting) or set()
             self._postponed -= agreed
+            if not self._by_time:  # one whose data ended goes with the others: one step, one checkpoint's name
+                self.state.global_step += round(engine.progress.behind)
         for wish, flag in FLAGS.items():
             setattr(self.control, flag, wish in agreed)
         return bool(agreed)
+
+    def _with_progress(self, agreed: set[str] | None) -> set[str] | None:
+        """What any rank wanted at a sync, and with A-EDiT what falls due by the steps that they told each other."""
+        return agreed | self._meet() if self._by_time and agreed is not None else agreed
 
     def _say_what_moves(self) -> None:
         if self._postponed:

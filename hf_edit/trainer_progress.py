@@ -36,14 +36,17 @@ class FollowProgress:
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.progress: GlobalProgress | None = None  # None: one step is one step
-        self._stands_at = 0
+        self._stands_at = self._last = 0
 
-    def follow(self, progress: GlobalProgress, stands_at: int) -> None:
-        self.progress, self._stands_at = progress, stands_at
+    def follow(self, progress: GlobalProgress, stands_at: int, last: int) -> None:
+        """From here on it follows `progress`, up to the step `last`."""
+        self.progress, self._stands_at, self._last = progress, stands_at, last
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """After an optimizer step, which `progress` has not been told of yet."""
-        due = self._stands_at + 1 if self.progress is None else int(self.progress.value + self.progress.rate)
+        due = self._stands_at + 1
+        if self.progress is not None:
+            due = min(int(self.progress.value + self.progress.rate), self._last)
         for _ in range(self._stands_at, due):
             self.scheduler.step(*args, **kwargs)
         self._stands_at = max(self._stands_at, due)
@@ -120,7 +123,7 @@ class TrainerProgress(_TrainerToBe):
         if self._resumed is None or self._resumed_host["rank"] is None:  # else it is this rank's own from before
             self._engine.progress.settled = float(self.state.global_step)
         if isinstance(self.lr_scheduler, FollowProgress):
-            self.lr_scheduler.follow(self._engine.progress, self.lr_scheduler.last_epoch)
+            self.lr_scheduler.follow(self._engine.progress, self.lr_scheduler.last_epoch, self.state.max_steps)
 
     def _before_the_trainer_counts(self) -> None:
         """An optimizer step was taken, which the Trainer will count next: the sum shall be the global step."""
@@ -138,7 +141,11 @@ class TrainerProgress(_TrainerToBe):
         self._logged_at = max(self._logged_at, self.state.global_step)
 
     def _meet(self) -> set[str]:
-        """All replicas know of each other's steps: the global step becomes the same on all, and so what is due."""
+        """All replicas know of each other's steps: the global step becomes the same on all, and so what is due.
+
+        It may only depend on what they have told each other. `max_steps` is their mean; where a slow replica applies a
+        delayed sync before its `delay_steps`, the mean is less than that many steps below it.
+        """
         assert self._engine is not None
         state, progress = self.state, self._engine.progress
         before = self._met_at

@@ -26,16 +26,17 @@ ABLATED = ("sync", "diloco", "edit", "edit-no-elimination", "edit-no-weighting",
 BY_TIME = ("a-edit",)
 SYNCHRONOUS = ("sync", "sync-same-time")
 
-# What each scenario does to the last replica, or to all: random bytes for text, labels in a wrong order, or a learning
-# rate that is too high.
+# What each scenario does to the last replica, or to all: random bytes for text, null bytes as of a file that was lost
+# and only has its length, labels in a wrong order, or a learning rate that is too high.
 SCENARIOS = {
     "clean": "nothing goes wrong",
     "corrupt": "one replica reads random bytes",
+    "zeros": "one replica reads null bytes",
     "labels": "one replica's labels are shuffled",
     "spike": "one replica's learning rate is too high",
     "spike-all": "every replica's learning rate is too high",
 }
-ON_ONE_REPLICA = ("corrupt", "labels", "spike")
+ON_ONE_REPLICA = ("corrupt", "zeros", "labels", "spike")
 
 
 def default_methods(scenario: str) -> tuple[str, ...]:

@@ -141,7 +141,7 @@ class FaultyTrainer(EDiTTrainer):
         return self.job.is_faulty(self.state.global_step, self.fault_replica)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        if self.is_faulty and self.job.scenario in ("corrupt", "labels"):
+        if self.is_faulty and self.job.scenario in ("corrupt", "zeros", "labels"):
             inputs = self._spoil(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
@@ -150,6 +150,8 @@ class FaultyTrainer(EDiTTrainer):
         if self.job.scenario == "labels":
             order = torch.randperm(labels.numel(), generator=self._noise)
             return {**inputs, "labels": labels.flatten()[order].view_as(labels)}
+        if self.job.scenario == "zeros":
+            return {**inputs, "input_ids": torch.zeros_like(labels), "labels": torch.zeros_like(labels)}
         noise = torch.randint(NUM_BYTES, labels.shape, generator=self._noise)
         return {**inputs, "input_ids": noise, "labels": noise}
 

@@ -4,7 +4,8 @@
     sudo python examples/benchmarks/traffic.py --json traffic.json
 
 Trains a Llama on two hosts in pairs of runs that differ by 20 inner steps, or by one sync; the differences are what
-these cost. --busy turns on what else could leak: evaluation, logging every step, saving, token counting.
+these cost. --busy turns on what else could leak: evaluation, logging every step, saving, token counting. With --by_time
+the syncs are triggered by time (A-EDiT).
 """
 
 from __future__ import annotations
@@ -19,52 +20,62 @@ from bench import provenance, save_json
 from hosts import HERE, Hosts, unavailable
 
 INNER_STEPS = 20
+SELDOM = {False: 1000.0, True: 1e6}  # steps or, by time, seconds: longer than any run
+OFTEN = {False: 2.0, True: 1e-3}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--per_host", type=int, default=2, help="ranks on a host: 2 is FSDP2 shards, 1 is DDP")
     parser.add_argument("--busy", action="store_true", help="evaluate, log every step, save, count tokens")
+    parser.add_argument("--by_time", action="store_true", help="A-EDiT")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     if (reason := unavailable()) is not None:
         sys.exit(f"traffic.py: {reason}")
-    result = measure(arguments.per_host, arguments.busy)
+    result = measure(arguments.per_host, arguments.busy, arguments.by_time)
     for name, value in result.items():
         print(f"{name:<32}{value}")
     if arguments.json:
         save_json(arguments.json, {**result, **provenance()})
 
 
-def measure(per_host: int, busy: bool) -> dict[str, object]:
+def measure(per_host: int, busy: bool, by_time: bool = False) -> dict[str, object]:
     """Bytes that host 0 and host 1 send, by what differs between two runs.
 
     A sync's acknowledgements alone vary by kilobytes from run to run, so the inner steps are measured with a model
     whose syncs are small.
     """
-    few, _ = run(per_host, busy, "small", steps=4, sync_interval=1000)
-    more, _ = run(per_host, busy, "small", steps=4 + INNER_STEPS, sync_interval=1000)
-    once, parameter_bytes = run(per_host, busy, "large", steps=4, sync_interval=1000)
-    twice, _ = run(per_host, busy, "large", steps=4, sync_interval=2)
+    job = {"per_host": per_host, "busy": busy, "by_time": by_time}
+    few, _ = run(**job, size="small", steps=4, interval=SELDOM[by_time])
+    more, _ = run(**job, size="small", steps=4 + INNER_STEPS, interval=SELDOM[by_time])
+    once, told = run(**job, size="large", steps=4, interval=SELDOM[by_time])
+    often, told_often = run(**job, size="large", steps=4, interval=OFTEN[by_time])
+    more_syncs = told_often["syncs"] - told["syncs"]
+    assert more_syncs >= 1, (told, told_often)
     return {
         "ranks_per_host": per_host,
         "busy": busy,
-        "parameter_bytes": parameter_bytes,
+        **({"by_time": True} if by_time else {}),
+        "parameter_bytes": told["parameter_bytes"],
         "bytes_of_20_inner_steps": [b - a for a, b in zip(few, more, strict=True)],
-        "bytes_of_one_sync": [b - a for a, b in zip(once, twice, strict=True)],
+        "bytes_of_one_sync": [(b - a) // more_syncs for a, b in zip(once, often, strict=True)],
     }
 
 
-def run(per_host: int, busy: bool, size: str, steps: int, sync_interval: int) -> tuple[list[int], int]:
-    """What each host sent in one training, and the trainable parameters' fp32 size."""
+def run(
+    per_host: int, busy: bool, by_time: bool, size: str, steps: int, interval: float
+) -> tuple[list[int], dict[str, int]]:
+    """What each host sent in one training, and what its first rank told."""
+    trigger = {"sync_seconds": interval} if by_time else {"sync_interval": int(interval)}
     with tempfile.TemporaryDirectory() as folder, Hosts(2) as hosts:
         report = Path(folder) / "report.json"
         worker = HERE / "traffic_worker.py"
-        hosts.torchrun(per_host, worker, str(report), size, str(steps), str(sync_interval), str(int(busy)))
+        hosts.torchrun(per_host, worker, str(report), size, str(steps), json.dumps(trigger), str(int(busy)))
         told = json.loads(report.read_text(encoding="utf-8"))
         assert told["world_size"] == 2 * per_host, told
         assert told["num_replicas"] == 2, told
-        return hosts.bytes_sent(), told["parameter_bytes"]
+        return hosts.bytes_sent(), told
 
 
 if __name__ == "__main__":

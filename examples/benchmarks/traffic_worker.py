@@ -1,4 +1,4 @@
-"""One rank of traffic.py: trains a Llama on random tokens. Arguments: report, size, steps, sync interval, busy."""
+"""One rank of traffic.py: trains a Llama on random tokens. Arguments: report, size, steps, trigger, busy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = {
 
 def main() -> None:
     report, size = sys.argv[1:3]
-    steps, sync_interval, busy = map(int, sys.argv[3:])
+    steps, trigger, busy = map(json.loads, sys.argv[3:])
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES[size]))
     parameter_bytes = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
@@ -44,7 +44,7 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    config = {"num_replicas": 2, "sync_interval": sync_interval}
+    config = {"num_replicas": 2, **trigger}
     trainer = EDiTTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:8], edit_config=config)
     trainer.train()
     if trainer.is_world_process_zero():
@@ -52,7 +52,7 @@ def main() -> None:
             "world_size": trainer.accelerator.num_processes,
             "num_replicas": trainer.edit_layout.num_replicas,
             "parameter_bytes": parameter_bytes,
-            "sync_bytes": trainer.edit_stats.sync_bytes,
+            "syncs": trainer.edit_stats.syncs,
         }
         with open(report, "w", encoding="utf-8") as file:
             json.dump(told, file)

@@ -15,9 +15,11 @@ from traffic import measure
 
 
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-@pytest.mark.parametrize(("per_host", "busy"), [(2, True), (1, True), (2, False)])
-def test_inner_steps_send_nothing_and_a_sync_the_parameters_once(per_host: int, busy: bool) -> None:
-    figures = measure(per_host, busy)
+@pytest.mark.parametrize(
+    ("per_host", "busy", "by_time"), [(2, True, False), (1, True, False), (2, False, False), (2, True, True)]
+)
+def test_inner_steps_send_nothing_and_a_sync_the_parameters_once(per_host: int, busy: bool, by_time: bool) -> None:
+    figures = measure(per_host, busy, by_time)
     for host in (0, 1):
         assert abs(figures["bytes_of_20_inner_steps"][host]) < 4096, figures
         sent, needed = figures["bytes_of_one_sync"][host], figures["parameter_bytes"]
