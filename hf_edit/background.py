@@ -49,14 +49,20 @@ def at_once(job: Callable[[], T]) -> Callable[[], T]:
 
 
 class Scratch:
-    """Flat host tensors that one delayed sync gives back and the next one takes.
+    """What one delayed sync leaves to the next: flat host tensors, and on CUDA the stream beside the training's.
 
-    Fresh memory costs a page fault every 4 KiB. On CUDA torch's own allocators keep what was used, and this does
-    nothing.
+    Fresh memory costs a page fault every 4 KiB. On CUDA torch's own allocators keep what was used, for each stream.
     """
 
     def __init__(self) -> None:
         self._free: dict[int, list[Tensor]] = {}
+        self._stream: Any = None
+
+    def stream(self, device: torch.device) -> Any:
+        """The stream of `device` that the syncs run on; its allocator's blocks are of no use on another."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
 
     def take(self, like: Tensor) -> Tensor:
         """An uninitialised tensor of `like`'s shape [n], dtype and device."""
@@ -118,26 +124,40 @@ class BackgroundReduction:
 
     @torch.no_grad()
     def _run(self) -> list[Tensor | None]:
-        with _aside(self._device, self._written):
-            try:
-                self._plan = plan = self._decide()
-            finally:
-                self._decided.set()
-            averages: list[Tensor | None] = []
-            flying: deque[tuple[Tensor, Pending] | None] = deque()
-            weights = plan.weights[:, self._peers.replica].tolist()
-            for delta, weight, unchanged in zip(self.deltas, weights, plan.unchanged.tolist(), strict=True):
-                if len(flying) == self._units_in_flight:
-                    averages.append(self._land(flying.popleft()))
-                if unchanged:
-                    flying.append(None)
-                    continue
-                moved = delta.to(self._device, non_blocking=True)
-                gradient = weighed(moved, weight, out=self._scratch.take(moved) if moved is delta else moved)
-                flying.append((gradient, self._peers.all_reduce([gradient])))
-            averages += [self._land(one) for one in flying]
-            self._done = _mark(self._device)
-            return averages
+        try:
+            with self._aside():
+                return self._reduce()
+        finally:
+            self._decided.set()  # whatever failed, so that nobody waits for the plan for ever
+
+    def _reduce(self) -> list[Tensor | None]:
+        self._plan = plan = self._decide()
+        self._decided.set()
+        averages: list[Tensor | None] = []
+        flying: deque[tuple[Tensor, Pending] | None] = deque()
+        weights = plan.weights[:, self._peers.replica].tolist()
+        for delta, weight, unchanged in zip(self.deltas, weights, plan.unchanged.tolist(), strict=True):
+            if len(flying) == self._units_in_flight:
+                averages.append(self._land(flying.popleft()))
+            if unchanged:
+                flying.append(None)
+                continue
+            moved = delta.to(self._device, non_blocking=True)
+            gradient = weighed(moved, weight, out=self._scratch.take(moved) if moved is delta else moved)
+            flying.append((gradient, self._peers.all_reduce([gradient])))
+        averages += [self._land(one) for one in flying]
+        self._done = _mark(self._device)
+        return averages
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On CUDA a stream beside the training's, after the deltas; a thread has its own current device and stream."""
+        if self._device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._scratch.stream(self._device)):
+            torch.cuda.current_stream().wait_event(self._written)
+            yield
 
     def _land(self, flying: tuple[Tensor, Pending] | None) -> Tensor | None:
         if flying is None:
@@ -159,14 +179,3 @@ def to_host(tensor: Tensor) -> Tensor:
 
 def _mark(device: torch.device) -> Any:
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def _aside(device: torch.device, after: Any) -> Iterator[None]:
-    """On CUDA a new stream that waits for the event `after`; a thread has its own current device and stream."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-        torch.cuda.current_stream().wait_event(after)
-        yield

@@ -152,6 +152,8 @@ def outer_tensors(sync: OuterSync) -> dict[str, Tensor]:
             owners = list(zip(unit.names, unit.params, strict=True))
             tensors, _ = pack_optimizer(state.optimizer, owners, Layout(1, 1, 0))
             found |= {f"outer/{key}": tensor for key, tensor in tensors.items()}
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # what is offloaded may still be on its way to the host
     return found
 
 

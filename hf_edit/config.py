@@ -140,6 +140,8 @@ class EDiTConfig:
                 continue
             if not _is_number(value) or not value > 0:
                 raise ValueError(f"{name}={value!r}: a number above 0 is needed{_OFF_HINTS.get(name, '')}.")
+        if self.sync_timeout_seconds == math.inf:
+            raise ValueError("sync_timeout_seconds=inf: a replica that never comes must be noticed; give an end to it.")
         if not _is_number(self.outer_momentum) or not 0 <= self.outer_momentum < 1:
             raise ValueError(f"outer_momentum={self.outer_momentum!r}: a number in [0, 1) is needed.")
         if not _is_number(self.ema_alpha) or not 0 < self.ema_alpha <= 1:

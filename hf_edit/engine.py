@@ -301,7 +301,7 @@ class Engine:
     def load(self, folder: Path, manifest: Manifest) -> None:
         """Takes anchor, momentum and detectors of a checkpoint; model and inner optimizer have been loaded before.
 
-        `first_step` must have been `manifest.schedule_step`.
+        `first_step` must have been the steps taken until then.
         """
         checkpoint.load_outer(folder, manifest, self.sync, self.peers.replica_group)
 
@@ -310,6 +310,21 @@ class Engine:
         counts = {name: float(value) for name, value in self.tallies.items()}
         steps = {"step": self.schedule.step, "inner_steps": self.schedule.inner_steps, "turns": self.schedule.turns}
         return {**counts, **steps, "sync_count": self.sync.sync_count, "progress": self.progress.settled}
+
+    def go_on_at(self, step: int) -> None:
+        """The training goes on after its optimizer step number `step`: ends the warm-up if that lies behind.
+
+        Raises:
+            ValueError: this training is past its warm-up, and `step` is not.
+        """
+        was_warming_up, self.schedule.step = self.warming_up, step
+        if was_warming_up and not self.warming_up:
+            self._end_warmup()
+        elif self.warming_up and not was_warming_up:
+            raise ValueError(
+                f"The state is of step {step}, in the warm-up of {self.config.warmup_steps} steps; this training is "
+                "past it. Load the state into a new EDiT."
+            )
 
     def load_counters(self, counters: dict[str, float]) -> None:
         self.tallies = {name: counters[name] for name in TALLIES}

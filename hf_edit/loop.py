@@ -154,18 +154,20 @@ class EDiT:
         Parameters and inner optimizer are yours to save, for each replica; `save` does all of it.
 
         Raises:
-            RuntimeError: a delayed sync is under way, which is no part of it.
+            RuntimeError: a sync is under way, which is no part of it.
         """
         if self._engine is None:
             return {}
-        if self._engine.sync.pending and self.config.overlap == "delayed":
-            raise RuntimeError("A delayed sync is under way; what it brings is not in the state yet. flush() first.")
+        if self._engine.sync.pending:
+            raise RuntimeError("A sync is under way; what it brings is not in the state yet. flush() first.")
         return {**checkpoint.outer_tensors(self._engine.sync), "counters": self._engine.counters()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave, on the same layout."""
+        """Takes what `state_dict` gave, on the same layout. A sync that is under way is given up."""
         if self._engine is None:
             return
+        self._engine.abandon()
+        self._engine.go_on_at(int(state["counters"]["step"]))
         mine = checkpoint.outer_tensors(self._engine.sync)
         missing = set(mine) ^ (set(state) - {"counters"})
         if missing:
@@ -189,15 +191,20 @@ class EDiT:
         if self._accelerator.is_main_process:
             start(folder)
         dist.barrier()
-        host = {"rank": {}, **{name: thing.state_dict() for name, thing in stateful.items()}}
-        self._engine.save(folder, host, write_outer=self.layout.replica == 0)
+        engine = self._engine
+        host = {
+            "rank": {"own_steps": engine.schedule.step},
+            **{name: thing.state_dict() for name, thing in stateful.items()},
+        }
+        engine.save(folder, host, write_outer=self.layout.replica == 0)
         dist.barrier()
         if self._accelerator.is_main_process:
-            seal(folder, self._engine.manifest(self._engine.schedule.step))
+            seal(folder, engine.manifest(round(engine.progress.value) if engine.by_time else engine.schedule.step))
         dist.barrier()
 
     def load(self, folder: str | Path, **stateful: Any) -> int:
-        """Takes what `save` wrote, also by another number of replicas and shards; the optimizer steps taken until then.
+        """Takes what `save` wrote, also by another number of replicas and shards; the optimizer steps taken until then
+        by this replica (with `sync_seconds` and another layout: by all replicas / R).
 
         Raises:
             ValueError: the folder is not whole, or of another model.
@@ -216,7 +223,8 @@ class EDiT:
         for name, thing in stateful.items():
             thing.load_state_dict(host[name])
         self._engine.abandon()  # a sync that was under way belongs to what is given up
-        self._start(manifest.schedule_step).load(folder, manifest)
+        own_steps: int = manifest.step if host["rank"] is None else host["rank"]["own_steps"]
+        self._start(own_steps).load(folder, manifest)
         if host["rank"] is not None:
             self._engine.load_rank(host["rank"])
-        return manifest.schedule_step
+        return own_steps

@@ -45,9 +45,6 @@ class EDiTCheckpointMark(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.stateful_callbacks.setdefault(MARK, {})  # the state of a plain Trainer's checkpoint has no place for it
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step = state.global_step
-
     def state(self) -> dict[str, Any]:
         return {"args": {"step": self.step}, "attributes": {}}
 
@@ -58,6 +55,7 @@ class TrainerCheckpoints(_TrainerToBe):
     edit_config: EDiTConfig
     edit_layout: Layout
     _engine: Engine | None
+    _mark: EDiTCheckpointMark
     _resumed: tuple[Path, Manifest] | None = None
     _resumed_host: dict[str, Any]
 
@@ -174,6 +172,7 @@ class TrainerCheckpoints(_TrainerToBe):
         if self._engine is None:
             return super()._save_checkpoint(model, trial)
         self._make_replicas_equal("save")
+        self._mark.step = self.state.global_step
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if not self.args.save_only_model:
             if self._writes_shared():

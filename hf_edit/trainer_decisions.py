@@ -41,9 +41,7 @@ class TrainerDecisions(_TrainerToBe):
         warming_up = engine.warming_up
         stepped = self._count_step()
         agreed, self._agreed = self._agreed, None
-        if warming_up:
-            agreed = agreed or set()
-        agreed = self._with_progress(agreed)
+        agreed = self._with_progress((agreed or set()) if warming_up else agreed)
         parting = not agreed and self._others_may_wait()
         if parting:
             self._parted = True
@@ -53,7 +51,7 @@ class TrainerDecisions(_TrainerToBe):
         elif self._is_last() and not engine.replicas_equal:
             agreed = (engine.flush(self._postponed) or set()) | (agreed or set())
         if warming_up:
-            agreed = agreed | self._postponed
+            agreed = (agreed or set()) | self._postponed
         elif agreed is None and self._epoch_ends_at_a_sync(stepped):
             agreed = engine.agree(self._postponed)
         elif agreed is None and self._stopping:

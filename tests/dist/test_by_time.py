@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_edit.background import at_once, in_thread
+from hf_edit.background import BackgroundReduction, at_once, in_thread
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
 from hf_edit.groups import Layout, ProcessGroupPeers
@@ -146,3 +146,20 @@ def test_a_job_that_fails_on_its_thread_fails_where_it_is_waited_for() -> None:
     with pytest.raises(ValueError, match="the network is gone"):
         in_thread(job)()
     assert in_thread(lambda: 7)() == at_once(lambda: 7)() == 7
+
+
+def test_a_sync_whose_thread_fails_before_the_exchange_fails_where_its_plan_is_awaited(monkeypatch: Any) -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("no stream is left")
+
+    monkeypatch.setattr(BackgroundReduction, "_aside", fail)
+
+    def body(rank: int) -> None:
+        replica = Replica(rank, 2, step_seconds=1.0, gradient=1.0, sync_interval=2, overlap="delayed", delay_steps=1)
+        replica.engine.sync._runner = in_thread
+        replica.step()
+        replica.step()
+        with pytest.raises(RuntimeError, match="no stream is left"):
+            replica.step()
+
+    run_ranks(2, body, timeout=10.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -14,6 +15,7 @@ from torch.utils.data import IterableDataset
 from transformers import DefaultFlowCallback, TrainerCallback
 
 from hf_edit import EDiTConfig, EDiTTrainer
+from hf_edit.manifest import MARK
 from hf_edit.units import find_units
 from tests.launch.scenarios import FOLDER, main, make_args, make_model, make_rows
 
@@ -100,6 +102,9 @@ def _ends_where_all_have_taken_the_steps(config: EDiTConfig) -> dict[str, Any]:
     assert evaluated[-1] == 60, evaluated
     saved = equal_everywhere(sorted(path.name for path in (FOLDER / "trainer").glob("checkpoint-*")))
     assert "checkpoint-60" in saved, saved
+    for name in saved:
+        state = json.loads((FOLDER / "trainer" / name / "trainer_state.json").read_text(encoding="utf-8"))
+        assert state["stateful_callbacks"][MARK]["args"]["step"] == state["global_step"] == int(name[11:]), name
     assert all(0 < entry["loss"] < 10 for entry in history if "loss" in entry)
     assert [e["step"] for e in history] == sorted(e["step"] for e in history)
     total = next(entry["train_loss"] for entry in history if "train_loss" in entry)

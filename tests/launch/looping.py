@@ -91,7 +91,10 @@ def a_loop_saves_and_loads() -> dict[str, Any]:
     config = EDiTConfig(sync_interval=3)
     loop, place = Loop(config), FOLDER / "loop"
     with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
-        loop.train(edit, batches=4)
+        loop.train(edit, batches=3)
+        with pytest.raises(RuntimeError, match="A sync is under way"):
+            edit.state_dict()  # the one that the next forward pass carries out
+        loop.train(edit, batches=1, skip=3)
         before = loop.parameters()
         state = edit.state_dict()
         assert all(torch.equal(value, before[name]) for name, value in loop.parameters().items())
@@ -123,6 +126,50 @@ def a_loop_saves_and_loads() -> dict[str, Any]:
     ):
         edit.load(place)
     return {}
+
+
+def a_loop_with_a_warm_up() -> dict[str, Any]:
+    """It may end in it; and a state from after it goes into a new loop, whose warm-up is then over, too."""
+    config = EDiTConfig(sync_interval=3, warmup_steps=2)
+    loop = Loop(config)
+    with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+        loop.train(edit, batches=1)
+        early = dict(edit.state_dict())
+        loop.train(edit, batches=3, skip=1)
+        state = {n: t.clone() if isinstance(t, Tensor) else dict(t) for n, t in edit.state_dict().items()}
+        with pytest.raises(ValueError, match="Load the state into a new EDiT"):
+            edit.load_state_dict(early)
+    other = Loop(config)
+    with EDiT(other.accelerator, other.model, other.optimizer, config) as edit:
+        edit.load_state_dict(state)
+        again = edit.state_dict()
+        assert again["counters"] == state["counters"]
+        assert all(torch.equal(local_part(again[n]), local_part(t)) for n, t in state.items() if isinstance(t, Tensor))
+        other.train(edit, batches=1, skip=4)
+        assert edit.logs() == []
+        other.train(edit, batches=1, skip=5)
+    assert [entry["edit/inner_steps"] for entry in other.logs] == [3], "of steps 3 to 5"
+    for settings in ({"sync_interval": 3}, {"sync_seconds": 0.3}):
+        loop = Loop(config := EDiTConfig(**settings, warmup_steps=9))
+        with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+            loop.train(edit, batches=2)
+            edit.flush()
+        assert edit.logs() == []
+    return {}
+
+
+def loops_by_time_save_where_each_was() -> dict[str, Any]:
+    loop, place = Loop(config := EDiTConfig(sync_seconds=0.3)), FOLDER / "by_time"
+    with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+        own = 4 + 2 * edit.layout.replica
+        loop.train(edit, batches=own)
+        edit.save(place)
+    mean = 4 + edit.layout.num_replicas - 1
+    resumed = Loop(config)
+    with EDiT(resumed.accelerator, resumed.model, resumed.optimizer, config) as edit:
+        assert edit.load(place) == own
+        assert edit.progress == mean
+    return {"own": own}
 
 
 def loops_of_different_length_end_together() -> dict[str, Any]:

@@ -13,6 +13,8 @@ SCENARIOS = [
     "a_loop_is_the_simulation",
     "a_loop_accumulates",
     "a_loop_saves_and_loads",
+    "a_loop_with_a_warm_up",
+    "loops_by_time_save_where_each_was",
     "loops_of_different_length_end_together",
     "what_a_loop_refuses",
 ]

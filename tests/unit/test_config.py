@@ -54,6 +54,7 @@ def test_the_defaults_are_the_papers_method() -> None:
         (dict(delay_steps=0), "delay_steps=0"),
         (dict(units_in_flight=0), "units_in_flight=0: a whole number of at least 1"),
         (dict(sync_timeout_seconds=-5), "sync_timeout_seconds=-5"),
+        (dict(sync_timeout_seconds=float("inf")), "sync_timeout_seconds=inf"),
     ],
 )
 def test_wrong_values_are_refused(settings: dict[str, object], text: str) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hf_edit.schedule import SyncSchedule
+from hf_edit.schedule import GlobalProgress, SyncSchedule
 
 
 def test_every_tau_inner_steps_after_the_warmup() -> None:
@@ -62,3 +62,29 @@ def test_a_skipped_step_is_no_inner_step_but_takes_its_turn() -> None:
     assert (one.step, other.step) == (3, 4)
     one.restart()
     assert (one.inner_steps, one.turns) == (0, 0)
+
+
+def test_who_waits_for_the_others_is_not_taken_for_a_slow_replica() -> None:
+    """Replica 0 takes 10 steps in an interval, replica 1 five; then that one has ended, and waits for ten syncs."""
+    fast = GlobalProgress(replica=0)
+    for steps in [(10, 5)] * 3 + [(10, 0)] * 10:
+        for _ in range(10):
+            fast.take_step()
+        fast.hand_over()
+        fast.settle(steps)
+    assert fast.settled == 3 * 7.5 + 10 * 5
+    assert fast.rate == 0.75
+
+
+def test_what_is_decided_where_replicas_meet_depends_on_what_they_told_alone() -> None:
+    """One applies a delayed sync after its five steps, the other after two, as its next one is due."""
+    told = []
+    for own_steps in (5, 2):
+        progress = GlobalProgress(replica=0)
+        progress.hand_over()
+        for _ in range(own_steps):
+            progress.take_step()
+        progress.settle([6, 3], delay_steps=5)
+        told.append((progress.when_met, progress.furthest))
+        assert progress.furthest >= own_steps + 6, "no replica's step count goes back"
+    assert told == [(9.5, 11.0)] * 2
