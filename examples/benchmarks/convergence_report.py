@@ -36,9 +36,13 @@ def excess(runs: Sequence[Run], reference: Sequence[Run]) -> float | None:
     return statistics.fmean(ratios) - 1 if ratios else None
 
 
-def after_fault(run: Run, last_faulty_step: int) -> float | None:
-    """The first validation loss after the fault."""
-    return next((loss for step, loss in run["evaluations"] if step > last_faulty_step), None)
+def after_fault(runs: Sequence[Run], last_faulty_step: int) -> list[Run]:
+    """The runs, their loss being the first one that was evaluated after `last_faulty_step` had been taken."""
+    found = []
+    for run in runs:
+        later = [loss for step, loss in run["evaluations"] if step >= last_faulty_step]
+        found += [{**run, "loss": later[0]}] if later else []
+    return found
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -56,7 +60,7 @@ def tables(results: dict[str, Any]) -> str:
 def table(results: dict[str, Any], scenario: str, methods: Sequence[str]) -> str:
     heading = ["method", "validation loss", "seeds", "spread", "over sync"]
     if scenario != "clean":
-        heading += ["right after", "over its clean run"]
+        heading += ["right after", "over its clean run there", "over it at the end"]
     heading += ["tokens", "seconds", "syncs", "clipped units", "effective replicas", "left out"]
     return markdown_table(heading, [row(results, scenario, method) for method in methods])
 
@@ -70,9 +74,10 @@ def row(results: dict[str, Any], scenario: str, method: str) -> list[str]:
         settings = results["settings"]
         spike = scenario.startswith("spike")
         last = settings["fault_first"] * settings["steps"] + settings["spike_steps" if spike else "fault_steps"]
-        after = [loss for run in runs if (loss := after_fault(run, int(last))) is not None]
-        cells.append(f"{mean(after):.4f}" if after else "")
-        cells.append(percent(excess(runs, runs_of(results, "clean", method))))
+        clean = runs_of(results, "clean", method)
+        after, clean_after = after_fault(runs, int(last)), after_fault(clean, int(last))
+        cells.append(f"{mean([run['loss'] for run in after]):.4f}" if after else "")
+        cells += [percent(excess(after, clean_after)), percent(excess(runs, clean))]
     cells.append(f"{mean([run['tokens'] for run in runs]):,.0f}")
     cells.append(f"{mean([run['train_seconds'] for run in runs]):.0f}")
     if method in SYNCHRONOUS:
