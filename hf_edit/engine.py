@@ -317,14 +317,15 @@ class Engine:
         Raises:
             ValueError: this training is past its warm-up, and `step` is not.
         """
-        was_warming_up, self.schedule.step = self.warming_up, step
-        if was_warming_up and not self.warming_up:
-            self._end_warmup()
-        elif self.warming_up and not was_warming_up:
+        was_warming_up, warming_up = self.warming_up, step < self.config.warmup_steps
+        if warming_up and not was_warming_up:
             raise ValueError(
                 f"The state is of step {step}, in the warm-up of {self.config.warmup_steps} steps; this training is "
                 "past it. Load the state into a new EDiT."
             )
+        self.schedule.step = step
+        if was_warming_up and not warming_up:
+            self._end_warmup()
 
     def load_counters(self, counters: dict[str, float]) -> None:
         self.tallies = {name: counters[name] for name in TALLIES}

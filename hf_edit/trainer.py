@@ -69,7 +69,6 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
         self.edit_stats = EDiTStats()
         self._engine: Engine | None = None
         self._peers: ProcessGroupPeers | None = None
-        self._mark = EDiTCheckpointMark()
         self._postponed: set[str] = set()
         self._said: set[str] = set()
         super().__init__(*args, **kwargs)
@@ -77,7 +76,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
         if self.edit_layout.num_replicas > 1:
             self.add_callback(_EngineDriver(self))
             if not self.args.save_only_model:
-                self.add_callback(self._mark)
+                self.add_callback(EDiTCheckpointMark())
 
     def _say_what_trains(self) -> None:
         if not self.is_world_process_zero():

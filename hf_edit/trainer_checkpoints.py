@@ -55,7 +55,6 @@ class TrainerCheckpoints(_TrainerToBe):
     edit_config: EDiTConfig
     edit_layout: Layout
     _engine: Engine | None
-    _mark: EDiTCheckpointMark
     _resumed: tuple[Path, Manifest] | None = None
     _resumed_host: dict[str, Any]
 
@@ -172,7 +171,9 @@ class TrainerCheckpoints(_TrainerToBe):
         if self._engine is None:
             return super()._save_checkpoint(model, trial)
         self._make_replicas_equal("save")
-        self._mark.step = self.state.global_step
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EDiTCheckpointMark):  # on_step_end would be too early: A-EDiT's step is agreed on
+                callback.step = self.state.global_step
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if not self.args.save_only_model:
             if self._writes_shared():
