@@ -162,7 +162,7 @@ def test_a_failed_collective_names_the_missing_replicas() -> None:
         peers = ProcessGroupPeers(Layout.split(4, 2, rank), 5.0)
         if rank < 2:
             peers._arrivals = 7
-            peers._announce()
+            peers._announce(7)
         torch.distributed.barrier()
         with pytest.raises(RuntimeError) as caught, peers._blame():
             peers._arrivals = 7
