@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from hf_edit.config import EDiTConfig
-from hf_edit.groups import Layout, default_num_replicas
+from hf_edit.layout import Layout, default_num_replicas
 
 logger = logging.getLogger(__name__)
 

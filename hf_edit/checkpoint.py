@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from hf_edit.groups import Layout
+from hf_edit.layout import Layout
 from hf_edit.manifest import EDIT_FOLDER, Manifest
 from hf_edit.penalty import DetectorState
 from hf_edit.sync import OuterSync

@@ -323,7 +323,8 @@ class Engine:
                 f"The state is of step {step}, in the warm-up of {self.config.warmup_steps} steps; this training is "
                 "past it. Load the state into a new EDiT."
             )
-        self.schedule.step = step
+        self.schedule.step = self._first_step = step
+        self._started_at = self._clock()
         if was_warming_up and not warming_up:
             self._end_warmup()
 

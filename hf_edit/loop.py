@@ -14,7 +14,8 @@ import hf_edit.checkpoint as checkpoint
 from hf_edit.accelerate_hook import keep_loader_local, layout_of, make_accelerator
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
-from hf_edit.groups import Layout, ProcessGroupPeers
+from hf_edit.groups import ProcessGroupPeers
+from hf_edit.layout import Layout
 from hf_edit.manifest import Manifest, check_model, problem, seal, start
 from hf_edit.telemetry import sync_logs
 from hf_edit.units import is_prepared

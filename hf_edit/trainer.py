@@ -26,7 +26,8 @@ from hf_edit.accelerate_hook import (
 )
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
-from hf_edit.groups import Layout, ProcessGroupPeers, ring_bytes
+from hf_edit.groups import ProcessGroupPeers
+from hf_edit.layout import Layout, ring_bytes
 from hf_edit.telemetry import (
     EDiTStats,
     LossSpikeDetector,

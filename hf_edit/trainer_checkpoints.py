@@ -19,7 +19,7 @@ import hf_edit.checkpoint as checkpoint
 from hf_edit.accelerate_hook import full_state_dict, save_sharded, saves_sharded
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
-from hf_edit.groups import Layout
+from hf_edit.layout import Layout
 from hf_edit.manifest import (
     MARK,
     Manifest,

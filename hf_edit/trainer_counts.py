@@ -15,7 +15,8 @@ from transformers import Trainer
 
 from hf_edit.accelerate_hook import of_nested
 from hf_edit.engine import Engine
-from hf_edit.groups import Layout, ProcessGroupPeers
+from hf_edit.groups import ProcessGroupPeers
+from hf_edit.layout import Layout
 from hf_edit.records import SyncRecord
 from hf_edit.telemetry import GlobalCount
 

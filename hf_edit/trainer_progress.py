@@ -16,7 +16,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerControl
 from hf_edit.checkpoint import read_host
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
-from hf_edit.groups import Layout
+from hf_edit.layout import Layout
 from hf_edit.manifest import Manifest, has_edit_state
 from hf_edit.schedule import GlobalProgress
 

@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_edit.background import BackgroundReduction, at_once, in_thread
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
-from hf_edit.groups import Layout, ProcessGroupPeers
+from hf_edit.groups import ProcessGroupPeers
+from hf_edit.layout import Layout
 from tests.dist.threads import run_ranks
 
 PLAIN = dict(outer_optimizer="none", anomaly_threshold=None, max_pseudo_grad_norm=None, warmup_steps=0)

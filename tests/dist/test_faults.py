@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hf_edit.config import EDiTConfig
-from hf_edit.groups import Layout, ProcessGroupPeers, _default_store
+from hf_edit.groups import ProcessGroupPeers, _default_store
+from hf_edit.layout import Layout
 from tests.dist.nets import Run, full, train
 from tests.dist.threads import run_ranks
 

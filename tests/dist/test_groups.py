@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch.distributed as dist
 
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
-from hf_edit.groups import Layout, ProcessGroupPeers, default_num_replicas
+from hf_edit.groups import ProcessGroupPeers
+from hf_edit.layout import Layout, default_num_replicas
 from hf_edit.units import Unit, find_units
 from tests.dist.nets import UNITS, Net, shard, train
 from tests.dist.threads import run_ranks
@@ -194,3 +196,24 @@ def test_every_unit_is_gathered_in_order_with_its_write(monkeypatch: pytest.Monk
     config = EDiTConfig(sync_interval=2)
     run_ranks(4, lambda rank: train(rank, 2, config, 5))
     assert gathered == UNITS * 2
+
+
+def test_who_has_ended_waits_for_the_exchange_of_the_others() -> None:
+    """As long as allowed, and no longer once they have come; rank 1 is one exchange behind, and on its way."""
+
+    def body(rank: int) -> tuple[Any, ...]:
+        peers = ProcessGroupPeers(Layout.split(2, 2, rank), 5.0)
+        peers.gather(torch.zeros(1))()
+        waits = []
+        for seconds in (0.4, 30.0) if rank == 0 else ():
+            begun = time.monotonic()
+            peers.wait_for_arrivals(seconds)
+            waits.append(time.monotonic() - begun)
+        if rank == 1:
+            time.sleep(1.2)
+        return *waits, peers.gather(torch.ones(1) + rank)().tolist()
+
+    first, _ = run_ranks(2, body)
+    assert 0.4 <= first[0] < 0.9, "longer than it may it does not wait here"
+    assert 0.5 < first[1] < 5.0, "until rank 1 has come"
+    assert first[2] == [[1.0], [2.0]]

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
-from hf_edit.groups import Layout, ProcessGroupPeers
+from hf_edit.groups import ProcessGroupPeers
+from hf_edit.layout import Layout
 from tests.dist.nets import Net, batch, full
 
 
