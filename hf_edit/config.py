@@ -65,7 +65,7 @@ class EDiTConfig:
     )
     sync_interval: int = _knob(128, "Inner steps between two outer syncs (tau).")
     sync_seconds: float | None = _knob(
-        None, "Seconds between two outer syncs (A-EDiT); takes the place of sync_interval."
+        None, "Seconds that replicas train between two outer syncs (A-EDiT); takes the place of sync_interval."
     )
     edit_warmup_steps: int = _knob(
         0, "Synchronous steps first, with gradients averaged over all replicas. In Python also `warmup_steps`."

@@ -136,8 +136,7 @@ class Engine:
             or with overlap="delayed" when it was applied; else None.
         """
         was_warming_up = self.schedule.warming_up
-        if self.sync.exchanged_at is not None:
-            self.schedule.restart_timer(self.sync.exchanged_at)
+        self._restart_timer()
         due = self.schedule.advance(skipped)
         self.progress.take_step()
         if was_warming_up:
@@ -251,16 +250,20 @@ class Engine:
             in_forward: carry it out in the next forward pass, which cannot begin without what is awaited here.
         """
         shared = self.sync.decide().tallies
-        self.schedule.restart_timer(self.sync.exchanged_at)
         self.progress.settle([round(turns) for turns in shared["turns"].tolist()], self._delay_steps)
         if in_forward:
             self.sync.apply_in_forward()
         else:
             self.sync.finish(went_on=self.schedule.turns > 0)
+        self._restart_timer()
         if float(shared["buffers"].sum()) > 0:
             self._buffers.follow_first_replica()
         self._all_met = float(shared["meet"].min()) > 0
         return {name for name in WISHES if float(shared[name].sum()) > 0}
+
+    def _restart_timer(self) -> None:
+        if self.sync.waited_until is not None:  # None: the sync under way has yet to get there
+            self.schedule.restart_timer(self.sync.waited_until)
 
     def take_records(self) -> list[SyncRecord]:
         """The records of the syncs that ended since the last call."""

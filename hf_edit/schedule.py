@@ -19,7 +19,7 @@ class SyncSchedule:
 
     Args:
         sync_interval: inner steps between syncs; not looked at when `sync_seconds` is set.
-        sync_seconds: seconds between syncs (A-EDiT), from the moment that all replicas have come to one; or None.
+        sync_seconds: seconds between syncs (A-EDiT), from the moment that one no longer keeps anyone waiting; or None.
         warmup_steps: synchronous steps first; they are no inner steps.
         clock: monotonic seconds.
 
@@ -60,14 +60,14 @@ class SyncSchedule:
         return self.turns >= self.sync_interval
 
     def restart(self) -> None:
-        """A sync begins: its steps are counted off, and the timer stands still until all replicas have come to it."""
+        """A sync begins: its steps are counted off, and the timer stands still until it keeps nobody waiting."""
         self.inner_steps = self.turns = 0
         self._timed_from = None
 
-    def restart_timer(self, at: float | None = None) -> None:
-        """All replicas came to the sync at the time `at` (default: now), so they are in step again, whoever waited."""
+    def restart_timer(self, at: float) -> None:
+        """The sync kept nobody waiting from the time `at`, so all are in step again, whoever waited."""
         if self._timed_from is None:
-            self._timed_from = self.clock() if at is None else at
+            self._timed_from = at
 
     def rest_timer(self) -> None:
         """What all replicas did together since the last sync (an evaluation) does not count into the interval."""

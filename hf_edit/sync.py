@@ -43,6 +43,7 @@ class _Running:
     gathered: Callable[[], Tensor]
     tally_names: list[str]
     bytes_before: int
+    aside: bool  # beside the training
     plan: SyncPlan | None = None
     detectors: DetectorState | None = None  # after this sync
     beside: BackgroundReduction | None = None
@@ -87,7 +88,8 @@ class OuterSync:
         self._optimizer = optimizer
         self._clock = clock
         self._runner = runner
-        self.exchanged_at: float | None = None  # when all replicas had come to the sync under way
+        # When the last sync no longer kept anyone waiting: a delayed one when all had come to it, else its end.
+        self.waited_until: float | None = None
         self._rule: Any = config.outer_optimizer
         if not callable(self._rule):
             self._rule = OuterRule.named(
@@ -126,7 +128,7 @@ class OuterSync:
             bytes_before = self.peers.bytes_sent
             begun_at = self._clock()
             self.sync_count += 1
-            self.exchanged_at = None
+            self.waited_until = None
             deltas, norms = [], []
             for unit, state in self._pairs():
                 delta = self._pseudo_gradient(unit, state, self._scratch.take if beside else torch.empty_like)
@@ -136,7 +138,7 @@ class OuterSync:
                 del delta  # before the next one is made
             scalars = [torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in tallies.values()]
             gathered = self.peers.gather(self._sum_in_replica(torch.stack([*norms, *scalars])))
-            run = self._running = _Running(begun_at, gathered, list(tallies), bytes_before)
+            run = self._running = _Running(begun_at, gathered, list(tallies), bytes_before, aside=beside)
             if beside:
                 decide = partial(self._plan, run)
                 run.beside = BackgroundReduction(
@@ -331,7 +333,8 @@ class OuterSync:
         if run.plan is not None:
             return run.plan
         table = run.gathered().cpu()  # the one time that the host reads the device in a sync
-        self.exchanged_at = self._clock()
+        if run.aside:
+            self.waited_until = self._clock()
         if not self.peers.commit(self.sync_count):
             raise RuntimeError(f"Outer sync {self.sync_count} was not agreed on by all replicas.")
         run.plan, run.detectors = make_plan(table, run.tally_names, self.detectors, self.config)
@@ -343,6 +346,8 @@ class OuterSync:
         self._running = None
         self._remove_hooks()
         now = self._clock()
+        if not run.aside:
+            self.waited_until = now
         squares = torch.stack(list(run.square_norms.values())) if run.square_norms else torch.zeros(0)
         if not run.factors and run.square_norms and run.beside is None:
             squares = self._sum_in_replica(squares)

@@ -71,6 +71,28 @@ def test_a_fast_replica_takes_more_steps_between_two_syncs(weighting: str, after
         assert progress == 9.0
 
 
+@pytest.mark.parametrize(("overlap", "second"), [("none", 6.0), ("forward", 7.0)])
+def test_the_time_that_a_sync_takes_is_not_the_interval_s(overlap: str, second: float) -> None:
+    """An all-reduce of 4 s: six steps of 1 s lie between two syncs all the same. Were the 4 s of the 6, only two would;
+    and only one, were the network slower still. "forward" syncs at the end of a step's gradients: one step more."""
+
+    def body(rank: int) -> list[Any]:
+        replica = Replica(rank, 2, step_seconds=1.0, gradient=1.0, sync_seconds=6.0, overlap=overlap)
+        all_reduce = replica.engine.peers.all_reduce
+
+        def slow(tensors: Any) -> Any:
+            replica.now += 4.0
+            return all_reduce(tensors)
+
+        replica.engine.peers.all_reduce = slow  # type: ignore[method-assign]
+        for _ in range(6 + int(second)):
+            replica.step()
+        replica.engine.before_optimizer_step()
+        return [record.plan.tallies["inner_steps"].tolist() for record in replica.engine.take_records()]
+
+    assert run_ranks(2, body) == [[[6.0, 6.0], [second, second]]] * 2
+
+
 def test_a_delayed_sync_by_time() -> None:
     """As above with uniform weights, applied two own steps later: the anchor goes to -7.5, and each replica to where it
     was heading from there: -7.5 - 2 and -7.5 - 6. Those steps count into the next interval."""

@@ -32,7 +32,7 @@ def test_by_time_from_the_end_of_a_sync() -> None:
     schedule.restart()
     now = 118.0  # the others took their time
     assert not schedule.advance(), "the timer stands still"
-    schedule.restart_timer()
+    schedule.restart_timer(now)
     now = 127.9
     assert not schedule.advance()
     now = 128.0
