@@ -201,9 +201,12 @@ def paired(results: dict[str, Any], scenario: str, method: str) -> list[tuple[di
 
 
 def waits_of(figures: dict[str, Any]) -> list[float]:
-    """For every sync of the window the seconds that the host which came first waited for the other."""
+    """For every sync of the window the seconds that the host which came first waited for the other.
+
+    The windows begin with the same sync; one host's may hold one more, which ended the other's training.
+    """
     hosts = [[sync["wait_seconds"] for sync in replica["syncs"]] for replica in figures["replicas"]]
-    return [max(waits) for waits in zip(*hosts, strict=True)]
+    return [max(waits) for waits in zip(*hosts, strict=False)]
 
 
 def wait_shares(figures: dict[str, Any]) -> list[float]:
