@@ -169,9 +169,9 @@ def step_seconds(figures: dict[str, Any]) -> float:
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every cell's figures over its repeats."""
+    """Every cell's figures over its repeats; the fastest network first, then by delay, interval and method."""
     found = []
-    for key in dict.fromkeys(tuple(run[name] for name in CELL) for run in results["runs"]):
+    for key in sorted({tuple(run[name] for name in CELL) for run in results["runs"]}, key=_place):
         runs = [run for run in results["runs"] if tuple(run[name] for name in CELL) == key]
         speeds, bounds = ([run[kind]["tokens_per_second"] for run in runs] for kind in ("figures", "never"))
         syncs = [sync for run in runs for replica in run["figures"]["replicas"] for sync in replica["syncs"]]
@@ -194,14 +194,21 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def _place(cell: tuple[str, float, int | None, str]) -> tuple[float, ...]:
+    rate, delay, tau, method = cell
+    return -bits_per_second(rate), delay, tau or 0, METHODS.index(method)
+
+
 def panels(figures: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[str, Any]]]:
-    """The cells by interval and delay; HSDP, which has no interval, is in each of its delay's."""
+    """The cells by interval and delay; HSDP, which has no interval, is in each of its delay's, at the rates there."""
     keys = sorted({(cell["tau"], cell["delay_milliseconds"]) for cell in figures if cell["tau"] is not None})
     keys = keys or sorted({(0, cell["delay_milliseconds"]) for cell in figures})
-    return {
-        (tau, delay): [c for c in figures if c["tau"] in (tau, None) and c["delay_milliseconds"] == delay]
-        for tau, delay in keys
-    }
+    found = {}
+    for tau, delay in keys:
+        inside = [c for c in figures if c["tau"] in (tau, None) and c["delay_milliseconds"] == delay]
+        rates = {c["rate"] for c in inside if c["tau"] == tau or tau == 0}
+        found[tau, delay] = [c for c in inside if c["rate"] in rates]
+    return found
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -248,7 +255,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
             continue
         for method, by_rate in shares.items():
             places = [place for place, rate in enumerate(rates) if rate in by_rate]
-            axis.plot(places, [by_rate[rates[place]] for place in places], marker="o", label=method)
+            axis.plot(places, [by_rate[rates[place]] for place in places], marker="o", label=method,
+                      color=f"C{METHODS.index(method)}")  # fmt: skip
         axis.set_xticks(range(len(rates)), rates)
         axis.set(title=f"tau {tau}, delay {delay:g} ms", xlabel="rate of a host", ylabel="share of the bound")
         axis.set_ylim(0, None)
