@@ -44,6 +44,7 @@ def test_the_traffic_is_what_was_measured() -> None:
         ("convergence", "tables"),
         ("convergence_100mbit", "tables"),
         ("convergence_batch32", "tables"),
+        ("convergence_2x2", "tables"),
     ],
 )
 def test_its_tables_are_made_from_the_results(name: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
