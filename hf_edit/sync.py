@@ -43,7 +43,7 @@ class _Running:
     gathered: Callable[[], Tensor]
     tally_names: list[str]
     bytes_before: int
-    aside: bool  # beside the training
+    aside: bool  # runs beside the training; known before `beside`, whose thread looks at it, is there
     plan: SyncPlan | None = None
     detectors: DetectorState | None = None  # after this sync
     beside: BackgroundReduction | None = None

@@ -203,9 +203,15 @@ def paired(results: dict[str, Any], scenario: str, method: str) -> list[tuple[di
 def waits_of(figures: dict[str, Any]) -> list[float]:
     """For every sync of the window the seconds that the host which came first waited for the other.
 
-    The windows begin with the same sync; one host's may hold one more, which ended the other's training.
+    The windows begin with the same sync. A host that ends earlier leaves out its last one, which the other may keep.
+
+    Raises:
+        ValueError: the windows differ by more than that.
     """
     hosts = [[sync["wait_seconds"] for sync in replica["syncs"]] for replica in figures["replicas"]]
+    lengths = sorted(len(waits) for waits in hosts)
+    if lengths[-1] - lengths[0] > 1:
+        raise ValueError(f"The hosts' windows hold {lengths} syncs; all take part in each, so at most one is missing.")
     return [max(waits) for waits in zip(*hosts, strict=False)]
 
 
