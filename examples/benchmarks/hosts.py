@@ -21,6 +21,7 @@ from cpu_quota import CpuQuota
 
 HERE = Path(__file__).resolve().parent
 TICK_SECONDS = 0.05
+SEGMENT_BYTES = 1448  # of a full TCP segment with timestamps on an Ethernet with 1500 bytes a frame
 
 
 def unavailable(delay: bool = False) -> str | None:
@@ -158,8 +159,19 @@ class Hosts:
 
     def bytes_sent(self) -> list[int]:
         """What each host has sent to the others so far."""
-        counter = "/sys/class/net/eth0/statistics/tx_bytes"
-        return [int(command("ip", "netns", "exec", name, "cat", counter)) for name in self.names]
+        return [int(self._read(name, "/sys/class/net/eth0/statistics/tx_bytes")) for name in self.names]
+
+    def bytes_resent(self) -> list[int]:
+        """How much of `bytes_sent` TCP sent again, because a segment was lost or came late; none of it is new."""
+        resent = []
+        for name in self.names:
+            tcp = [line.split() for line in self._read(name, "/proc/net/snmp").splitlines() if line.startswith("Tcp:")]
+            resent.append(SEGMENT_BYTES * int(dict(zip(*tcp, strict=True))["RetransSegs"]))
+        return resent
+
+    @staticmethod
+    def _read(name: str, path: str) -> str:
+        return command("ip", "netns", "exec", name, "cat", path)
 
     # -- training -----------------------------------------------------------------------------------------------------
 

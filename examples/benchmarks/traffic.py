@@ -66,7 +66,7 @@ def measure(per_host: int, busy: bool, by_time: bool = False) -> dict[str, objec
 def run(
     per_host: int, busy: bool, by_time: bool, size: str, steps: int, interval: float
 ) -> tuple[list[int], dict[str, int]]:
-    """What each host sent in one training, and what its first rank told."""
+    """What each host sent in one training, without what TCP sent again, and what its first rank told."""
     trigger = {"sync_seconds": interval} if by_time else {"sync_interval": int(interval)}
     with tempfile.TemporaryDirectory() as folder, Hosts(2) as hosts:
         report = Path(folder) / "report.json"
@@ -75,7 +75,8 @@ def run(
         told = json.loads(report.read_text(encoding="utf-8"))
         assert told["world_size"] == 2 * per_host, told
         assert told["num_replicas"] == 2, told
-        return hosts.bytes_sent(), told
+        sent = zip(hosts.bytes_sent(), hosts.bytes_resent(), strict=True)
+        return [everything - again for everything, again in sent], told
 
 
 if __name__ == "__main__":
