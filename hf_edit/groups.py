@@ -231,17 +231,23 @@ def _own_group(all_ranks: list[list[int]], timeout: timedelta, backend: str | No
 
 @functools.cache
 def _leave_cleanly_at_exit() -> None:
-    # A gloo thread (torch 2.13) lets go of a collective's tensors after it has reported the end; if Python is already
-    # finalizing by then, it aborts the process ("terminate called without an active exception"), in 14 of 25 exits
-    # right after an all-reduce, and torchrun reports a failed run. So: end the groups' threads, and leave those of
-    # groups that DDP still holds the time to let go. After an uncaught exception nothing is tidied, since that would
-    # wait for peers which wait for us.
-    def leave() -> None:
-        if dist.is_initialized() and getattr(sys, "last_value", None) is None:
-            dist.destroy_process_group()
-            time.sleep(0.1)
+    atexit.register(_leave)
 
-    atexit.register(leave)
+
+def _leave() -> None:
+    """Gives gloo's threads the time to let go of what they hold, before Python finalizes.
+
+    A gloo thread (torch 2.13) lets go of a collective's tensors after it has reported the end; if Python is already
+    finalizing by then, it aborts the process ("terminate called without an active exception"), in 14 of 25 exits right
+    after an all-reduce, and torchrun reports a failed run. Ending the groups ends only the threads of those that
+    nothing else holds, as DDP and device meshes do, and a processor that others use can keep a thread waiting for
+    100 ms and more. After an uncaught exception nothing is tidied, since that would wait for peers which wait for us.
+    """
+    if getattr(sys, "last_value", None) is not None:
+        return
+    if dist.is_initialized():  # else the script has ended the groups itself
+        dist.destroy_process_group()
+    time.sleep(0.3)
 
 
 def _arrival_key(rank: int) -> str:
