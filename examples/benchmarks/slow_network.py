@@ -25,7 +25,7 @@ from cost_model import bits_per_second, expected_of_method
 from network_job import METHODS, TIMED, window
 from training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, job_settings, measure_or_tell, train
 
-CELL = ("rate", "delay_milliseconds", "tau", "method")
+CELL = ("rate", "delay_milliseconds", "tau", "method", "units_in_flight")
 QUICK = {
     "rates": ["100mbit"], "delays": [0.0], "taus": [8], "methods": ["hsdp", "edit-none", "edit-forward"],
     "repeats": 1, "steps": 8, "hsdp_steps": 3,
@@ -47,7 +47,8 @@ def parse() -> argparse.Namespace:
                         help="least steps of a measured window, rounded up to whole intervals (64)")  # fmt: skip
     parser.add_argument("--hsdp_steps", type=int, default=16, help="the same for HSDP, which syncs in every step (16)")
     parser.add_argument("--delay_steps", type=int, help="of the delayed methods; at most the interval (half of it)")
-    parser.add_argument("--units_in_flight", type=int, help="EDiTConfig's (its default)")
+    parser.add_argument("--units_in_flight", nargs="+", type=int, default=[None], metavar="UNITS",
+                        help="EDiTConfig's (its default)")  # fmt: skip
     add_common_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:
@@ -63,8 +64,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     settings = {"delay_steps": arguments.delay_steps or "half the interval"}
-    if arguments.units_in_flight is not None:
-        settings["units_in_flight"] = arguments.units_in_flight
     measure_or_tell(arguments, settings, measure, tables, plot, with_delay=any(arguments.delays))
 
 
@@ -76,10 +75,10 @@ def cells(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for repeat, rate, delay in itertools.product(range(arguments.repeats), arguments.rates, arguments.delays):
         setting = {"rate": rate, "delay_milliseconds": delay}
         if "hsdp" in arguments.methods:
-            yield {**setting, "tau": None, "method": "hsdp", "repeat": repeat}
-        for tau, method in itertools.product(arguments.taus, arguments.methods):
+            yield {**setting, "tau": None, "method": "hsdp", "units_in_flight": None, "repeat": repeat}
+        for tau, method, units in itertools.product(arguments.taus, arguments.methods, arguments.units_in_flight):
             if method != "hsdp":
-                yield {**setting, "tau": tau, "method": method, "repeat": repeat}
+                yield {**setting, "tau": tau, "method": method, "units_in_flight": units, "repeat": repeat}
 
 
 def measure(results: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -88,7 +87,7 @@ def measure(results: dict[str, Any], arguments: argparse.Namespace) -> None:
         never = run_one("never", {"rate": "unlimited", "delay_milliseconds": 0.0}, arguments, None, 0)
         results["step_seconds"] = step_seconds(never)
         print(f"a step of never takes {results['step_seconds']:.3f} s", flush=True)
-    done = [{name: run[name] for name in (*CELL, "repeat")} for run in results["runs"]]
+    done = [{**key(run), "repeat": run["repeat"]} for run in results["runs"]]
     for number, cell in enumerate(cells(arguments)):
         if cell in done:
             continue
@@ -96,8 +95,8 @@ def measure(results: dict[str, Any], arguments: argparse.Namespace) -> None:
         results["runs"].append(run)
         if arguments.json:
             save_json(arguments.json, {**results, "summary": summary(results)})
-        name = " ".join(str(cell[part]) for part in CELL)
-        print(f"{name}: {run['share']:.3f} of never; the model says {run['expected_share']:.3f}, "
+        name = " ".join(str(cell[part]) for part in ("rate", "delay_milliseconds", "tau"))
+        print(f"{name} {label(cell)}: {run['share']:.3f} of never; the model says {run['expected_share']:.3f}, "
               f"{run['expected_error']:+.3f} off", flush=True)  # fmt: skip
 
 
@@ -156,7 +155,7 @@ def run_one(
         tau=cell.get("tau") or 0,
         sync_seconds=sync_seconds or 0.0,
         delay_steps=delay_steps,
-        units_in_flight=arguments.units_in_flight,
+        units_in_flight=cell.get("units_in_flight"),
     )
 
 
@@ -171,15 +170,15 @@ def step_seconds(figures: dict[str, Any]) -> float:
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Every cell's figures over its repeats; the fastest network first, then by delay, interval and method."""
     found = []
-    for key in sorted({tuple(run[name] for name in CELL) for run in results["runs"]}, key=_place):
-        runs = [run for run in results["runs"] if tuple(run[name] for name in CELL) == key]
+    for cell in sorted({tuple(key(run).values()) for run in results["runs"]}, key=_place):
+        runs = [run for run in results["runs"] if tuple(key(run).values()) == cell]
         speeds, bounds = ([run[kind]["tokens_per_second"] for run in runs] for kind in ("figures", "never"))
         syncs = [sync for run in runs for replica in run["figures"]["replicas"] for sync in replica["syncs"]]
         share = ratio_of_medians(speeds, bounds)
         expected = statistics.median(run["expected_share"] for run in runs)
         found.append(
             {
-                **dict(zip(CELL, key, strict=True)),
+                **dict(zip(CELL, cell, strict=True)),
                 "pairs": len(runs),
                 "share": share,
                 "share_range": pair_range(speeds, bounds),
@@ -194,9 +193,20 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _place(cell: tuple[str, float, int | None, str]) -> tuple[float, ...]:
-    rate, delay, tau, method = cell
-    return -bits_per_second(rate), delay, tau or 0, METHODS.index(method)
+def key(run: dict[str, Any]) -> dict[str, Any]:
+    """Which cell `run` is of; `units_in_flight` is None where it was EDiTConfig's default."""
+    return {name: run.get(name) for name in CELL}
+
+
+def label(cell: dict[str, Any]) -> str:
+    """The method, and what of it was not its default."""
+    units = cell["units_in_flight"]
+    return cell["method"] + (f", units_in_flight={units}" if units else "")
+
+
+def _place(cell: tuple[str, float, int | None, str, int | None]) -> tuple[float, ...]:
+    rate, delay, tau, method, units = cell
+    return -bits_per_second(rate), delay, tau or 0, METHODS.index(method), units or 0
 
 
 def panels(figures: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[str, Any]]]:
@@ -211,13 +221,17 @@ def panels(figures: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[s
     return found
 
 
+def _labels(cells: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(label(cell) for cell in sorted(cells, key=lambda c: METHODS.index(c["method"]))))
+
+
 def tables(results: dict[str, Any]) -> str:
     """The README's tables, as Markdown: shares of the bound by rate, and then everything."""
     figures = summary(results)
     parts = []
     for (tau, delay), inside in panels(figures).items():
-        methods = [method for method in METHODS if any(cell["method"] == method for cell in inside)]
-        shares = {(cell["rate"], cell["method"]): f"{cell['share']:.3f}" for cell in inside}
+        methods = _labels(inside)
+        shares = {(cell["rate"], label(cell)): f"{cell['share']:.3f}" for cell in inside}
         rates = sorted({cell["rate"] for cell in inside}, key=bits_per_second, reverse=True)
         rows = [[rate, *(shares.get((rate, method), "") for method in methods)] for rate in rates]
         title = f"Share of the bound, tau {tau}, delay {delay:g} ms:"
@@ -228,7 +242,7 @@ def tables(results: dict[str, Any]) -> str:
         exposed = cell["exposed_seconds_per_sync"]
         rows.append(
             [
-                cell["rate"], f"{cell['delay_milliseconds']:g} ms", cell["tau"] or "", cell["method"],
+                cell["rate"], f"{cell['delay_milliseconds']:g} ms", cell["tau"] or "", label(cell),
                 f"{cell['tokens_per_second']:.0f}", f"{cell['share']:.3f}",
                 f"{low:.3f} to {high:.3f} ({cell['pairs']})", "" if exposed is None else f"{exposed:.2f}",
                 f"{cell['bytes_per_token']:,.0f}", f"{cell['expected_share']:.3f}", f"{cell['expected_error']:+.3f}",
@@ -245,18 +259,18 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = subplots(-(-len(inside) // 3), min(3, len(inside)))
     for axis, ((tau, delay), found) in zip(axes, inside.items(), strict=False):
         rates = sorted({cell["rate"] for cell in found}, key=bits_per_second)
-        shares = {method: {cell["rate"]: cell["share"] for cell in found if cell["method"] == method}
-                  for method in METHODS if any(cell["method"] == method for cell in found)}  # fmt: skip
+        shares = {name: {cell["rate"]: cell["share"] for cell in found if label(cell) == name}
+                  for name in _labels(found)}  # fmt: skip
         if len(rates) == 1:
             axis.barh(list(shares), [by_rate[rates[0]] for by_rate in shares.values()])
             axis.set(xlabel="share of the bound", title=f"{rates[0]}, tau {tau}, delay {delay:g} ms")
             axis.axvline(1.0, color="grey", linewidth=0.8)
             axis.invert_yaxis()
             continue
-        for method, by_rate in shares.items():
+        for name, by_rate in shares.items():
             places = [place for place, rate in enumerate(rates) if rate in by_rate]
-            axis.plot(places, [by_rate[rates[place]] for place in places], marker="o", label=method,
-                      color=f"C{METHODS.index(method)}")  # fmt: skip
+            axis.plot(places, [by_rate[rates[place]] for place in places], marker="o" if name in METHODS else "x",
+                      label=name, color=f"C{METHODS.index(name.split(',')[0])}")  # fmt: skip
         axis.set_xticks(range(len(rates)), rates)
         axis.set(title=f"tau {tau}, delay {delay:g} ms", xlabel="rate of a host", ylabel="share of the bound")
         axis.set_ylim(0, None)
