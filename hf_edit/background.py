@@ -1,12 +1,16 @@
-"""All all-reduces of a delayed sync, beside the training: on a thread of its own, on CUDA on a stream of its own."""
+"""A delayed sync's exchange and all-reduces, beside the training: on a thread of its own, all in host memory.
+
+So they never touch the device, and nothing there waits for them. On CUDA that also keeps NCCL out of it: two of its
+communicators used at a time, by FSDP2 in the replica and by a sync among the replicas, can wait for one another if the
+ranks start their operations in different orders, and a thread's order is nobody's.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -49,41 +53,40 @@ def at_once(job: Callable[[], T]) -> Callable[[], T]:
 
 
 class Scratch:
-    """What one delayed sync leaves to the next: flat host tensors, and on CUDA the stream beside the training's.
+    """Flat host tensors that one delayed sync leaves to the next: fresh memory costs a page fault every 4 KiB.
 
-    Fresh memory costs a page fault every 4 KiB. On CUDA torch's own allocators keep what was used, for each stream.
+    Args:
+        device: the training's; for CUDA they are pinned, so that copies go beside the training. What is given back may
+            be on its way to the device yet: writing to it must be ordered after that, as `BackgroundReduction` does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._free: dict[int, list[Tensor]] = {}
-        self._stream: Any = None
-
-    def stream(self, device: torch.device) -> Any:
-        """The stream of `device` that the syncs run on; its allocator's blocks are of no use on another."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        return self._stream
 
     def take(self, like: Tensor) -> Tensor:
-        """An uninitialised tensor of `like`'s shape [n], dtype and device."""
+        """An uninitialised host tensor of `like`'s shape [n] and dtype."""
         free = self._free.get(like.numel())
-        return free.pop() if free and like.device.type == "cpu" else torch.empty_like(like)
+        return free.pop() if free else torch.empty(like.shape, dtype=like.dtype, pin_memory=self._device.type == "cuda")
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A CUDA tensor on its way into host memory, ordered on the current stream; a host tensor as it is."""
+        return tensor if tensor.device.type == "cpu" else self.take(tensor).copy_(tensor, non_blocking=True)
 
     def give(self, tensor: Tensor) -> None:
-        if tensor.device.type == "cpu" and not tensor.is_pinned():
-            self._free.setdefault(tensor.numel(), []).append(tensor)
+        self._free.setdefault(tensor.numel(), []).append(tensor)
 
 
 class BackgroundReduction:
     """The exchange and the all-reduces of one sync, running beside the training.
 
     Args:
-        decide: waits for the other replicas and says what is to be done.
-        deltas: this replica's pseudo-gradient of each unit, flat fp32 [n]; kept in host memory where `device` is CUDA.
+        decide: exchanges what there is to tell, waits for the other replicas and says what is to be done.
+        deltas: this replica's pseudo-gradient of each unit, flat fp32 [n], in host memory or on the way there.
         peers: the other replicas; nobody else may talk to them until `wait` has returned.
-        device: where the tensors that are all-reduced live.
+        device: the training's. On CUDA nothing is read that its current stream is yet to write.
         scratch: where host tensors come from; the caller gives them back.
-        units_in_flight: how many units' are under way, and so on `device`, at a time.
+        units_in_flight: how many units' are under way at a time.
         runner: what runs it.
     """
 
@@ -95,13 +98,11 @@ class BackgroundReduction:
         self.square_norms: list[Tensor] = []  # of the averages that are not None, this rank's part, [] float64
         self._decide = decide
         self._peers = peers
-        self._device = device
         self._scratch = scratch
         self._units_in_flight = units_in_flight
         self._plan: SyncPlan | None = None
         self._decided = threading.Event()
-        self._written = _mark(device)  # the deltas are
-        self._done: Any = None
+        self._written = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self._result = runner(self._run)
 
     def plan(self) -> SyncPlan:
@@ -113,20 +114,16 @@ class BackgroundReduction:
         return self._plan
 
     def wait(self) -> list[Tensor | None]:
-        """Waits until all is reduced; the average of each unit, flat fp32 [n], or None where nothing changes.
-
-        On CUDA they are in host memory, and the current stream waits for their way there.
-        """
-        averages = self._result()
-        if self._done is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._done)
-        return averages
+        """Waits until all is reduced; the average of each unit, flat fp32 [n] in host memory, or None where nothing
+        changes."""
+        return self._result()
 
     @torch.no_grad()
     def _run(self) -> list[Tensor | None]:
         try:
-            with self._aside():
-                return self._reduce()
+            if self._written is not None:
+                self._written.synchronize()
+            return self._reduce()
         finally:
             self._decided.set()  # whatever failed, so that nobody waits for the plan for ever
 
@@ -142,22 +139,9 @@ class BackgroundReduction:
             if unchanged:
                 flying.append(None)
                 continue
-            moved = delta.to(self._device, non_blocking=True)
-            gradient = weighed(moved, weight, out=self._scratch.take(moved) if moved is delta else moved)
+            gradient = weighed(delta, weight, out=self._scratch.take(delta))
             flying.append((gradient, self._peers.all_reduce([gradient])))
-        averages += [self._land(one) for one in flying]
-        self._done = _mark(self._device)
-        return averages
-
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """On CUDA a stream beside the training's, after the deltas; a thread has its own current device and stream."""
-        if self._device.type != "cuda":
-            yield
-            return
-        with torch.cuda.device(self._device), torch.cuda.stream(self._scratch.stream(self._device)):
-            torch.cuda.current_stream().wait_event(self._written)
-            yield
+        return averages + [self._land(one) for one in flying]
 
     def _land(self, flying: tuple[Tensor, Pending] | None) -> Tensor | None:
         if flying is None:
@@ -165,17 +149,4 @@ class BackgroundReduction:
         average, work = flying
         work.wait()
         self.square_norms.append(torch.linalg.vector_norm(average).double().square())
-        return to_host(average)
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A CUDA tensor on its way into pinned memory, ordered on the current stream; a host tensor as it is."""
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    return host
-
-
-def _mark(device: torch.device) -> Any:
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        return average

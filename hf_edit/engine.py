@@ -86,8 +86,8 @@ class Engine:
         self._clock = clock
         self._started_at = clock()
         self._all_met = False
-        if self.by_time:
-            peers.lead(True)  # whatever it needs is made now
+        if self.by_time or self._delay_steps:
+            peers.make_host_groups()
         make_replicas_equal(model, peers)
         self._buffers = Buffers(model, peers)
         if self.schedule.warming_up:

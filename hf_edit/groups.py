@@ -30,7 +30,8 @@ class Pending(Protocol):
 class Peers(Protocol):
     """The other replicas, as an outer sync sees them. Every rank talks to the ranks of its own sync group.
 
-    A fault-tolerant engine can stand behind these three methods. All replicas call them in the same order.
+    Tensors are the device's, or for a delayed sync in host memory. A fault-tolerant engine can stand behind these three
+    methods. All replicas call them in the same order.
     """
 
     num_replicas: int
@@ -69,6 +70,7 @@ class ProcessGroupPeers:
         self.sync_group = _own_group([layout.sync_ranks(i) for i in range(layout.replica_size)], self.timeout)
         self._arrivals = 0
         self.bytes_sent = 0
+        self._host_replica_group, self._host_sync_group = self.replica_group, self.sync_group
         _leave_cleanly_at_exit()
 
     def gather(self, vector: Tensor) -> Callable[[], Tensor]:
@@ -76,7 +78,7 @@ class ProcessGroupPeers:
         rows = [torch.empty_like(vector) for _ in range(self.num_replicas)]
         with self._blame():
             self._announce(self._arrivals)
-            work = dist.all_gather(rows, vector, group=self.sync_group, async_op=True)
+            work = dist.all_gather(rows, vector, group=self._sync_group_for(vector), async_op=True)
         self.bytes_sent += vector.nbytes * (self.num_replicas - 1)
 
         def result() -> Tensor:
@@ -92,7 +94,7 @@ class ProcessGroupPeers:
         self.bytes_sent += ring_bytes(sum(t.nbytes for t in tensors), self.num_replicas)
         pieces = [piece for t in tensors for piece in t.view(-1).split(max(1, PIECE_BYTES // t.element_size()))]
         with self._blame():
-            works = [dist.all_reduce(piece, group=self.sync_group, async_op=True) for piece in pieces]
+            works = [dist.all_reduce(piece, group=self._sync_group_for(piece), async_op=True) for piece in pieces]
         return _Works(works, self)
 
     def commit(self, sync: int) -> bool:
@@ -128,16 +130,24 @@ class ProcessGroupPeers:
         if self.layout.replica_size == 1:
             return decision
         bit = torch.tensor([decision], dtype=torch.uint8)
-        dist.broadcast(bit, src=self.layout.replica_ranks(self.replica)[0], group=self._host_group)
+        dist.broadcast(bit, src=self.layout.replica_ranks(self.replica)[0], group=self._host_replica_group)
         return bool(bit.item())
 
-    @functools.cached_property
-    def _host_group(self) -> dist.ProcessGroup:
-        """All ranks make it together, at their first `lead`."""
-        if "cpu:" in dist.get_backend_config(self.replica_group):
-            return self.replica_group
-        all_ranks = [self.layout.replica_ranks(i) for i in range(self.num_replicas)]
-        return _own_group(all_ranks, self.timeout, backend="gloo")
+    def make_host_groups(self) -> None:
+        """What `lead`, and tensors in host memory, need. All ranks call it together, before the first of these."""
+        layout = self.layout
+        self._host_replica_group = self._with_host(self.replica_group, layout.replica_ranks, layout.num_replicas)
+        self._host_sync_group = self._with_host(self.sync_group, layout.sync_ranks, layout.replica_size)
+
+    def _with_host(
+        self, group: dist.ProcessGroup, ranks: Callable[[int], list[int]], num_groups: int
+    ) -> dist.ProcessGroup:
+        if "cpu:" in dist.get_backend_config(group):
+            return group
+        return _own_group([ranks(i) for i in range(num_groups)], self.timeout, backend="gloo")
+
+    def _sync_group_for(self, tensor: Tensor) -> dist.ProcessGroup:
+        return self._host_sync_group if tensor.device.type == "cpu" else self.sync_group
 
     def gather_in_replica(self, tensor: Tensor) -> Tensor:
         """`tensor` of each rank of this replica, one after the other along dim 0."""

@@ -5,8 +5,8 @@ the next forward pass (overlap="forward"): while a unit computes, the all-reduce
 process group's own threads (gloo) or stream (NCCL). Or beside the steps that follow (overlap="delayed"): the parameters
 go on from where they are, and at the end take the difference between the new anchor and where they were.
 
-But for the all-reduces everything runs on the current stream, so no further ordering is needed but that of a unit's
-all-gather after the write to its shards.
+But for the all-reduces, and what runs beside the steps in host memory (background.py), everything is on the current
+stream, so no further ordering is needed but that of a unit's all-gather after the write to its shards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from hf_edit.background import BackgroundReduction, Runner, Scratch, in_thread, to_host
+from hf_edit.background import BackgroundReduction, Runner, Scratch, in_thread
 from hf_edit.config import EDiTConfig
 from hf_edit.groups import Peers, Pending
 from hf_edit.measure import HostCopy, Stopwatch
@@ -97,7 +97,7 @@ class OuterSync:
             )
         self._device = self.units[0].parts()[0].device
         self._running: _Running | None = None
-        self._scratch = Scratch()
+        self._scratch = Scratch(self._device)
         self._hooks: list[RemovableHandle] = []
         self._exposed = Stopwatch(self._device, clock)
         self._last_end = clock()
@@ -130,14 +130,17 @@ class OuterSync:
             self.sync_count += 1
             self.waited_until = None
             deltas, norms = [], []
+            on_host = beside and self._device.type == "cpu"
             for unit, state in self._pairs():
-                delta = self._pseudo_gradient(unit, state, self._scratch.take if beside else torch.empty_like)
+                delta = self._pseudo_gradient(unit, state, self._scratch.take if on_host else torch.empty_like)
                 norms.append(torch.linalg.vector_norm(delta).double().square())
                 if beside:
-                    deltas.append(to_host(delta))
+                    deltas.append(self._scratch.to_host(delta))
                 del delta  # before the next one is made
             scalars = [torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in tallies.values()]
-            gathered = self.peers.gather(self._sum_in_replica(torch.stack([*norms, *scalars])))
+            packed = self._sum_in_replica(torch.stack([*norms, *scalars]))
+            told = self._scratch.to_host(packed) if beside else packed
+            gathered = (lambda: self.peers.gather(told)()) if beside else self.peers.gather(told)
             run = self._running = _Running(begun_at, gathered, list(tallies), bytes_before, aside=beside)
             if beside:
                 decide = partial(self._plan, run)
@@ -252,7 +255,7 @@ class OuterSync:
     def _apply_beside(self, run: _Running, beside: BackgroundReduction, plan: SyncPlan, went_on: bool) -> None:
         averages = beside.wait()
         if beside.square_norms:
-            replica_squares = self._sum_in_replica(torch.stack(beside.square_norms))
+            replica_squares = self._sum_in_replica(torch.stack(beside.square_norms).to(self._device))
             reduced = [index for index, average in enumerate(averages) if average is not None]
             run.square_norms = dict(zip(reduced, replica_squares.unbind(), strict=True))
         for index in range(len(self.units)):

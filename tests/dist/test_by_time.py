@@ -173,16 +173,16 @@ def test_a_job_that_fails_on_its_thread_fails_where_it_is_waited_for() -> None:
 
 def test_a_sync_whose_thread_fails_before_the_exchange_fails_where_its_plan_is_awaited(monkeypatch: Any) -> None:
     def fail(_: Any) -> Any:
-        raise RuntimeError("no stream is left")
+        raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(BackgroundReduction, "_aside", fail)
+    monkeypatch.setattr(BackgroundReduction, "_reduce", fail)
 
     def body(rank: int) -> None:
         replica = Replica(rank, 2, step_seconds=1.0, gradient=1.0, sync_interval=2, overlap="delayed", delay_steps=1)
         replica.engine.sync._runner = in_thread
         replica.step()
         replica.step()
-        with pytest.raises(RuntimeError, match="no stream is left"):
+        with pytest.raises(RuntimeError, match="the device is gone"):
             replica.step()
 
     run_ranks(2, body, timeout=10.0)

@@ -78,6 +78,30 @@ def test_the_three_calls_to_the_other_replicas() -> None:
         assert result[5] == gathered + reduced
 
 
+def test_a_delayed_sync_stays_away_from_groups_that_cannot_take_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NCCL alone for the training, what runs beside it must not be on NCCL: the ranks' order would be chance."""
+    config = EDiTConfig(sync_interval=2, overlap="delayed", delay_steps=1)
+    backends: list[str] = []
+
+    def recording(collective: Any) -> Any:
+        def recorded(*args: Any, group: Any, async_op: bool = False, **more: Any) -> Any:
+            if async_op:  # only what goes between the replicas in a sync
+                backends.append(dist.get_backend(group))
+            return collective(*args, group=group, async_op=async_op, **more)
+
+        return recorded
+
+    expected = run_ranks(4, lambda rank: train(rank, 2, config, 7))
+    monkeypatch.setattr(dist, "all_reduce", recording(dist.all_reduce))
+    monkeypatch.setattr(dist, "all_gather", recording(dist.all_gather))
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    runs = run_ranks(4, lambda rank: train(rank, 2, config, 7))
+    assert set(backends) == {"gloo"}
+    assert len(backends) == 4 * (1 + 4 * (1 + len(UNITS))), "of four ranks: digests at the start, then four syncs"
+    for run, other in zip(runs, expected, strict=True):
+        assert all(torch.equal(run.params[name], other.params[name]) for name in other.params)
+
+
 @pytest.mark.parametrize(("replicas", "size"), [(2, 1), (1, 2), (2, 2)])
 def test_both_kinds_of_replica_are_cut_alike(replicas: int, size: int) -> None:
     def body(rank: int) -> list[tuple[str, list[str]]]:

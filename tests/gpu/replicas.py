@@ -1,4 +1,4 @@
-"""Run by every rank of a torchrun, all on one GPU through gloo: two replicas trained three ways, compared bit for bit.
+"""Run by every rank of a torchrun, all on one GPU through gloo: two replicas trained in all ways, compared by bits.
 
 Arguments: the folder for results, and the ranks in a replica.
 """
@@ -60,9 +60,11 @@ def main() -> None:
     assert layout.replica_size == replica_size
     blocking = train(layout, overlap="none")
     others = {"forward": train(layout), "offload": train(layout, offload_outer_state=True)}
+    delayed = train(layout, overlap="delayed", delay_steps=2)
+    again = train(layout, overlap="delayed", delay_steps=2, offload_outer_state=True)
+    pairs = {**{way: (params, blocking) for way, params in others.items()}, "delayed": (again, delayed)}
     differing = {
-        way: max(float((params[name] - blocking[name]).abs().max()) for name in blocking)
-        for way, params in others.items()
+        way: max(float((one[name] - two[name]).abs().max()) for name in two) for way, (one, two) in pairs.items()
     }
     if dist.get_rank() == 0:
         told = {

@@ -102,4 +102,4 @@ def test_two_replicas_on_one_gpu_agree_in_every_way(replica_size: int, tmp_path:
     told = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
     assert told["world_size"] == 2 * replica_size
     assert told["devices"] == ["cuda"]
-    assert told["differing"] == {"forward": 0.0, "offload": 0.0}
+    assert told["differing"] == {"forward": 0.0, "offload": 0.0, "delayed": 0.0}
