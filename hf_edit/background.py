@@ -62,11 +62,11 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._free: dict[int, list[Tensor]] = {}
+        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
 
     def take(self, like: Tensor) -> Tensor:
         """An uninitialised host tensor of `like`'s shape [n] and dtype."""
-        free = self._free.get(like.numel())
+        free = self._free.get((like.numel(), like.dtype))
         return free.pop() if free else torch.empty(like.shape, dtype=like.dtype, pin_memory=self._device.type == "cuda")
 
     def to_host(self, tensor: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Scratch:
         return tensor if tensor.device.type == "cpu" else self.take(tensor).copy_(tensor, non_blocking=True)
 
     def give(self, tensor: Tensor) -> None:
-        self._free.setdefault(tensor.numel(), []).append(tensor)
+        self._free.setdefault((tensor.numel(), tensor.dtype), []).append(tensor)
 
 
 class BackgroundReduction:

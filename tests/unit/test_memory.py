@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # private in torch 2
 from torch.utils._pytree import tree_leaves
 
 from hf_edit import EDiTConfig
-from hf_edit.background import at_once
+from hf_edit.background import Scratch, at_once
 from hf_edit.groups import Pending
 from hf_edit.sync import OuterSync
 from hf_edit.units import Unit
@@ -105,3 +105,14 @@ def test_delayed_syncs_use_the_same_host_memory_again() -> None:
         held.append(sum(memory.live.values()) // UNIT_BYTES)
         assert memory.peak < (2 * NUM_UNITS + 1) * UNIT_BYTES
     assert held == [2 * NUM_UNITS, 0, 0, 0], "its pseudo-gradients and the averages, made once"
+
+
+def test_host_memory_is_used_again_for_its_own_kind_alone() -> None:
+    scratch = Scratch(torch.device("cpu"))
+    given = torch.zeros(16)
+    scratch.give(given)
+    packed = scratch.take(torch.zeros(16, dtype=torch.float64))
+    assert packed.dtype == torch.float64
+    assert scratch.take(torch.zeros(8)).numel() == 8
+    assert scratch.take(torch.zeros(16)) is given
+    assert scratch.take(torch.zeros(16)) is not given
