@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_edit.groups import Peers, Pending
-from hf_edit.penalty import weighed
+from hf_edit.penalty import square_norm, weighed
 from hf_edit.plan import SyncPlan
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Scratch:
     """Flat host tensors that one delayed sync leaves to the next: fresh memory costs a page fault every 4 KiB.
 
     Args:
-        device: the training's; for CUDA they are pinned, so that copies go beside the training. What is given back may
+        device: the training's; for CUDA they are pinned, so that copying keeps no host waiting. What is given back may
             be on its way to the device yet: writing to it must be ordered after that, as `BackgroundReduction` does.
     """
 
@@ -148,5 +148,5 @@ class BackgroundReduction:
             return None
         average, work = flying
         work.wait()
-        self.square_norms.append(torch.linalg.vector_norm(average).double().square())
+        self.square_norms.append(square_norm(average))
         return average

@@ -118,7 +118,9 @@ class EDiTConfig:
     )
     offload_outer_state: bool = _knob(False, "Keep anchor and outer momentum in (pinned) host memory between syncs.")
     sync_timeout_seconds: float = _knob(
-        600.0, "Longest wait without progress in a sync before it fails with the names of the missing replicas."
+        600.0,
+        "Longest wait without progress in a sync before it fails with the names of the missing replicas. NCCL counts "
+        "from a collective's start: there a whole sync must fit into it.",
     )
     loss_spike_threshold: float = _knob(
         6.0, "Standard deviations above the moving mean of the logged loss that count as a loss spike."

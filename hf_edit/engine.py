@@ -113,6 +113,8 @@ class Engine:
     def tally(self, **amounts: Tensor | float) -> None:
         """Adds to this rank's counts since the last sync (see `TALLIES`); a sync sums each over the replica's ranks."""
         for name, amount in amounts.items():
+            if isinstance(amount, Tensor):
+                amount = amount.double()  # a loss can be bf16, which would add up in bf16
             self.tallies[name] = self.tallies[name] + amount
 
     @property

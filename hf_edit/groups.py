@@ -116,6 +116,8 @@ class ProcessGroupPeers:
     def average(self, tensor: Tensor) -> None:
         """The mean of `tensor` over the replicas, in place."""
         tensor.div_(self.num_replicas)  # first, so that the sum of fp16 gradients cannot overflow
+        if tensor.is_cuda:  # FSDP2 (torch 2.13) gives the memory free before a hook's work on its own stream is done
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
         with self._blame():
             dist.all_reduce(tensor, group=self.sync_group)
 
@@ -135,6 +137,8 @@ class ProcessGroupPeers:
 
     def make_host_groups(self) -> None:
         """What `lead`, and tensors in host memory, need. All ranks call it together, before the first of these."""
+        if self._host_sync_group is not self.sync_group:  # they are there
+            return
         layout = self.layout
         self._host_replica_group = self._with_host(self.replica_group, layout.replica_ranks, layout.num_replicas)
         self._host_sync_group = self._with_host(self.sync_group, layout.sync_ranks, layout.replica_size)
@@ -151,6 +155,7 @@ class ProcessGroupPeers:
 
     def gather_in_replica(self, tensor: Tensor) -> Tensor:
         """`tensor` of each rank of this replica, one after the other along dim 0."""
+        tensor = tensor.contiguous()  # as NCCL wants it
         parts = [torch.empty_like(tensor) for _ in range(self.layout.replica_size)]
         if self.layout.replica_size > 1:
             dist.all_gather(parts, tensor, group=self.replica_group)

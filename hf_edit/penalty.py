@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+CHAIN = 1 << 16  # numbers that a CPU adds up in fp32
+
 
 @dataclass
 class DetectorState:
@@ -161,6 +163,15 @@ def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
     if max_norm is None:
         return torch.ones_like(norm)
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def square_norm(tensor: Tensor) -> Tensor:
+    """The square of a flat tensor's L2 norm, [] float64.
+
+    A CPU sums fp32 in few long chains, which loses 2 % of the norm of 16M equal numbers; so it goes piece by piece.
+    """
+    pieces = tensor.split(CHAIN) if tensor.device.type == "cpu" and tensor.numel() else [tensor]
+    return torch.stack([torch.linalg.vector_norm(piece).double().square() for piece in pieces]).sum()
 
 
 def weighed(pseudo_gradient: Tensor, weight: float, out: Tensor | None = None) -> Tensor:

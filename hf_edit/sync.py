@@ -27,7 +27,7 @@ from hf_edit.config import EDiTConfig
 from hf_edit.groups import Peers, Pending
 from hf_edit.measure import HostCopy, Stopwatch
 from hf_edit.outer import OuterRule, OuterState, apply_outer_step, new_state
-from hf_edit.penalty import DetectorState, clip_factor, weighed
+from hf_edit.penalty import DetectorState, clip_factor, square_norm, weighed
 from hf_edit.plan import SyncPlan, make_plan
 from hf_edit.records import SyncRecord
 from hf_edit.units import Unit
@@ -133,11 +133,11 @@ class OuterSync:
             on_host = beside and self._device.type == "cpu"
             for unit, state in self._pairs():
                 delta = self._pseudo_gradient(unit, state, self._scratch.take if on_host else torch.empty_like)
-                norms.append(torch.linalg.vector_norm(delta).double().square())
+                norms.append(square_norm(delta))
                 if beside:
                     deltas.append(self._scratch.to_host(delta))
                 del delta  # before the next one is made
-            scalars = [torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in tallies.values()]
+            scalars = [self._scalar(value) for value in tallies.values()]
             packed = self._sum_in_replica(torch.stack([*norms, *scalars]))
             told = self._scratch.to_host(packed) if beside else packed
             gathered = (lambda: self.peers.gather(told)()) if beside else self.peers.gather(told)
@@ -225,7 +225,7 @@ class OuterSync:
         state = self.states[index]
         flying = run.works.pop(index)
         if flying is None:
-            anchor = state.anchor.to(self._device)
+            anchor = state.anchor.to(self._device, non_blocking=True)
         else:
             gradient, work = flying
             work.wait()
@@ -255,7 +255,8 @@ class OuterSync:
     def _apply_beside(self, run: _Running, beside: BackgroundReduction, plan: SyncPlan, went_on: bool) -> None:
         averages = beside.wait()
         if beside.square_norms:
-            replica_squares = self._sum_in_replica(torch.stack(beside.square_norms).to(self._device))
+            squares = torch.stack(beside.square_norms)
+            replica_squares = self._sum_in_replica(self._to_device(squares))
             reduced = [index for index, average in enumerate(averages) if average is not None]
             run.square_norms = dict(zip(reduced, replica_squares.unbind(), strict=True))
         for index in range(len(self.units)):
@@ -299,11 +300,10 @@ class OuterSync:
         return self._rule.at(self.sync_count - 1) if isinstance(self._rule, OuterRule) else self._rule
 
     def _clip(self, index: int, gradient: Tensor, run: _Running) -> Tensor:
-        square_norm = torch.linalg.vector_norm(gradient).double().square()
-        run.square_norms[index] = square_norm
+        square = run.square_norms[index] = square_norm(gradient)
         if self.config.max_pseudo_grad_norm is None:
             return gradient
-        run.factors[index] = clip_factor(self._sum_in_replica(square_norm).sqrt(), self.config.max_pseudo_grad_norm)
+        run.factors[index] = clip_factor(self._sum_in_replica(square).sqrt(), self.config.max_pseudo_grad_norm)
         return gradient.mul_(run.factors[index])
 
     def _pseudo_gradient(
@@ -315,6 +315,16 @@ class OuterSync:
         for view, before, part in zip(state.views(flat), state.views(anchor), unit.parts(), strict=True):
             torch.sub(before, part, out=view)
         return flat
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        """On the device, [] float64, without waiting for it."""
+        if isinstance(value, Tensor):
+            return value.to(self._device, torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=self._device)
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        """A host tensor on the device, without waiting for it."""
+        return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
 
     def _clear_inner_state(self, unit: Unit) -> None:
         if self._optimizer is not None:
@@ -354,8 +364,8 @@ class OuterSync:
         squares = torch.stack(list(run.square_norms.values())) if run.square_norms else torch.zeros(0)
         if not run.factors and run.square_norms and run.beside is None:
             squares = self._sum_in_replica(squares)
-        clipped = torch.stack(list(run.factors.values())).lt(1.0).sum() if run.factors else torch.zeros(())
-        outcome = HostCopy(torch.stack([squares.sum().double(), clipped.to(squares.device).double()]))
+        clipped = torch.stack(list(run.factors.values())).lt(1.0).sum() if run.factors else squares.new_zeros(())
+        outcome = HostCopy(torch.stack([squares.sum().double(), clipped.double()]))
         exposed = self._exposed.lap()
         interval_seconds, self._last_end = now - self._last_end, now
         sync, sync_bytes = self.sync_count, self.peers.bytes_sent - run.bytes_before

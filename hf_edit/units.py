@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -56,12 +57,13 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def like_param(param: Tensor, part: Tensor) -> Tensor:
-    """`part`, this rank's part of something of `param`'s shape, as that whole; shares its memory."""
+    """`part`, this rank's part of something of `param`'s shape, as that whole; shares its memory, on its device."""
     if not isinstance(param, DTensor):
         return part
-    return DTensor.from_local(
-        part, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
+    # Private in torch 2.13: DTensor.from_local would copy a part in host memory to the mesh's device, and what is then
+    # read into the copy is lost. FSDP2 makes its own the same way. tests/dist/test_groups.py fails when it moves.
+    spec = DTensorSpec(param.device_mesh, param.placements, TensorMeta(param.shape, param.stride(), part.dtype))
+    return DTensor(part, spec, requires_grad=False)
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:

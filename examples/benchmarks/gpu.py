@@ -96,7 +96,8 @@ def run_one(way: str, settings: dict[str, Any], timeout: float) -> dict[str, Any
         job = json.dumps({**settings, "way": way, "report": str(report)})
         # Not torchrun, which would give each rank a GPU of its own.
         shared = {"WORLD_SIZE": str(NUM_REPLICAS), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                  "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # fmt: skip
         if settings["cpu"]:
             shared["ACCELERATE_USE_CPU"] = "true"
         ranks = [
@@ -125,6 +126,7 @@ def work(job: dict[str, Any]) -> None:
 
     from hf_edit import EDiT
 
+    torch.use_deterministic_algorithms(True, warn_only=True)  # else two equal trainings may differ in their last bits
     dist.init_process_group("cpu:gloo,cuda:gloo")
     torch.manual_seed(0)
     sizes = SIZES["tiny" if job["cpu"] else "1b"]

@@ -247,3 +247,16 @@ def test_a_trajectory_done_on_paper() -> None:
         return seen
 
     assert run_ranks(2, body) == [[-1.5, -3.25, -5.125]] * 2
+
+
+def test_losses_of_16_bits_add_up_exactly() -> None:
+    """FSDP2 hands the loss back in bf16, whose sum of 128 losses of 3.1 would be 430."""
+
+    def body(rank: int) -> float:
+        run = train(rank, 2, EDiTConfig(sync_interval=4), 1)
+        run.engine.tallies["loss"] = 0.0
+        for _ in range(128):
+            run.engine.tally(loss=torch.tensor(3.1, dtype=torch.bfloat16))
+        return float(run.engine.tallies["loss"])
+
+    assert run_ranks(2, body) == [128 * 3.09375] * 2

@@ -12,7 +12,7 @@ from hf_edit.config import EDiTConfig
 from hf_edit.engine import Engine
 from hf_edit.groups import ProcessGroupPeers
 from hf_edit.layout import Layout, default_num_replicas
-from hf_edit.units import Unit, find_units
+from hf_edit.units import Unit, find_units, like_param, local_part
 from tests.dist.nets import UNITS, Net, shard, train
 from tests.dist.threads import run_ranks
 
@@ -95,7 +95,15 @@ def test_a_delayed_sync_stays_away_from_groups_that_cannot_take_host_memory(monk
     monkeypatch.setattr(dist, "all_reduce", recording(dist.all_reduce))
     monkeypatch.setattr(dist, "all_gather", recording(dist.all_gather))
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
-    runs = run_ranks(4, lambda rank: train(rank, 2, config, 7))
+
+    def body(rank: int) -> Any:
+        run = train(rank, 2, config, 7)
+        made = run.engine.peers._host_sync_group
+        run.engine.peers.make_host_groups()
+        assert run.engine.peers._host_sync_group is made, "once is enough"
+        return run
+
+    runs = run_ranks(4, body)
     assert set(backends) == {"gloo"}
     assert len(backends) == 4 * (1 + 4 * (1 + len(UNITS))), "of four ranks: digests at the start, then four syncs"
     for run, other in zip(runs, expected, strict=True):
@@ -111,6 +119,19 @@ def test_both_kinds_of_replica_are_cut_alike(replicas: int, size: int) -> None:
     units = run_ranks(replicas * size, body)[0]
     assert [name for name, _ in units] == UNITS
     assert [name for _, names in units for name in names] == [name for name, _ in Net().named_parameters()]
+
+
+def test_a_part_stays_where_it_is_in_a_whole_of_another_device() -> None:
+    """Offloaded state is in host memory, the parameters' mesh is of the GPU; "meta" stands for what is elsewhere."""
+
+    @torch.no_grad()
+    def body(rank: int) -> bool:
+        param = next(iter(shard(Net(), Layout.split(2, 1, rank)).parameters()))
+        part = torch.empty(local_part(param.detach()).shape, dtype=torch.float64, device="meta")
+        whole = like_param(param, part)
+        return (whole.shape, whole.dtype) == (param.shape, part.dtype) and local_part(whole) is part
+
+    assert run_ranks(2, body) == [True, True]
 
 
 def test_frozen_parameters_are_in_no_unit_and_an_empty_unit_is_skipped() -> None:
