@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).with_name("by_time.py")
 
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
 def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
-    output = accelerate_launch(config, SCRIPT, str(tmp_path), *SCENARIOS, timeout=240)
+    output = accelerate_launch(config, SCRIPT, str(tmp_path), *SCENARIOS)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert list(results) == SCENARIOS, output
 
@@ -34,6 +34,6 @@ def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
 def test_a_checkpoint_goes_on_with_another_layout(tmp_path: Path) -> None:
     saved = "a_resumed_run_reads_on_where_each_replica_was"
     resumed = "on_another_layout_it_goes_on_from_the_global_step"
-    accelerate_launch("cpu_4x1.yaml", SCRIPT, str(tmp_path), saved, timeout=120)
-    output = accelerate_launch("cpu_2x2.yaml", SCRIPT, str(tmp_path), resumed, timeout=120)
+    accelerate_launch("cpu_4x1.yaml", SCRIPT, str(tmp_path), saved)
+    output = accelerate_launch("cpu_2x2.yaml", SCRIPT, str(tmp_path), resumed)
     assert list(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))) == [resumed], output

@@ -23,7 +23,7 @@ SCENARIOS = [
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
 def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("features.py")
-    output = accelerate_launch(config, script, str(tmp_path), *SCENARIOS, timeout=280)
+    output = accelerate_launch(config, script, str(tmp_path), *SCENARIOS)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert list(results) == SCENARIOS, output
     left_out = [name for name, result in results.items() if "not here" in result]
