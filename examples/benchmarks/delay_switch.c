@@ -74,10 +74,11 @@ int main(int argc, char **argv) {
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     uint64_t first = 0, end = 0; /* of what is held, modulo CAPACITY */
     num_ports = argc - 2;
-    if (num_ports < 2 || num_ports > MAX_PORTS || queue == MAP_FAILED) {
+    if (num_ports < 2 || num_ports > MAX_PORTS) {
         fprintf(stderr, "usage: delay_switch MICROSECONDS PORT PORT ... (at most %d ports)\n", MAX_PORTS);
         return 2;
     }
+    if (queue == MAP_FAILED) fail("memory for the frames that are held");
     int64_t delay_nanoseconds = atoll(argv[1]) * 1000;
     for (int port = 0; port < num_ports; port++) ports[port].fd = open_port(argv[port + 2]);
     struct sched_param above_training = {.sched_priority = 1};
