@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_edit.config import EDiTConfig as EDiTConfig
-    from hf_edit.loop import EDiT as EDiT
-    from hf_edit.telemetry import EDiTStats as EDiTStats
-    from hf_edit.trainer import EDiTMixin as EDiTMixin
-    from hf_edit.trainer import EDiTTrainer as EDiTTrainer
+    from hf_edit.telemetry.logs import EDiTStats as EDiTStats
+    from hf_edit.trainer.loop import EDiT as EDiT
+    from hf_edit.trainer.trainer import EDiTMixin as EDiTMixin
+    from hf_edit.trainer.trainer import EDiTTrainer as EDiTTrainer
 
 __version__ = "0.1.0"
 __all__ = ["EDiT", "EDiTConfig", "EDiTMixin", "EDiTStats", "EDiTTrainer"]
 
 _HOMES = {
-    "EDiT": "hf_edit.loop",
+    "EDiT": "hf_edit.trainer.loop",
     "EDiTConfig": "hf_edit.config",
-    "EDiTMixin": "hf_edit.trainer",
-    "EDiTStats": "hf_edit.telemetry",
-    "EDiTTrainer": "hf_edit.trainer",
+    "EDiTMixin": "hf_edit.trainer.trainer",
+    "EDiTStats": "hf_edit.telemetry.logs",
+    "EDiTTrainer": "hf_edit.trainer.trainer",
 }
 
 

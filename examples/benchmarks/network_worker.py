@@ -26,7 +26,7 @@ from network_job import PRESETS, TIMED, Job, combine, edit_settings
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_edit import EDiTConfig, EDiTTrainer
-from hf_edit.accelerate_hook import ReplicaParallelismConfig
+from hf_edit.trainer.accelerate_hook import ReplicaParallelismConfig
 
 NO_LOGS = 10**9  # steps between two logs
 SYNC_FIGURES = ("sync_seconds", "exposed_seconds", "wait_seconds", "sync_bytes")

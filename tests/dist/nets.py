@@ -13,12 +13,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_edit.background import at_once
+from hf_edit.sync.background import at_once
 from hf_edit.config import EDiTConfig
-from hf_edit.engine import Engine
-from hf_edit.groups import ProcessGroupPeers
-from hf_edit.layout import Layout
-from hf_edit.records import SyncRecord
+from hf_edit.sync.engine import Engine
+from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.peers.layout import Layout
+from hf_edit.method.plan import SyncRecord
 
 FEATURES = 8
 

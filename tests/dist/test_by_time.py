@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_edit.background import BackgroundReduction, at_once, in_thread
+from hf_edit.sync.background import BackgroundReduction, at_once, in_thread
 from hf_edit.config import EDiTConfig
-from hf_edit.engine import Engine
-from hf_edit.groups import ProcessGroupPeers
-from hf_edit.layout import Layout
+from hf_edit.sync.engine import Engine
+from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.peers.layout import Layout
 from tests.dist.threads import run_ranks
 
 PLAIN = dict(outer_optimizer="none", anomaly_threshold=None, max_pseudo_grad_norm=None, warmup_steps=0)
@@ -40,12 +40,12 @@ class Replica:
     def value(self) -> float:
         return self.model.module.p.item()
 
-    def step(self, wishes: Any = ()) -> Any:
+    def step(self, requests: Any = ()) -> Any:
         self.now += self.step_seconds
         self.model.module.p.grad = torch.tensor([self.gradient])
         self.engine.before_optimizer_step()
         self.optimizer.step()
-        return self.engine.step(wishes)
+        return self.engine.step(requests)
 
 
 @pytest.mark.parametrize(("weighting", "after"), [("steps", -7.0), ("uniform", -7.5)])
@@ -59,7 +59,7 @@ def test_a_fast_replica_takes_more_steps_between_two_syncs(weighting: str, after
         )
         seen = []
         for number in range(2 * (6 if rank == 0 else 3)):
-            agreed = replica.step(wishes=("save",) if (rank, number) == (1, 5) else ())
+            agreed = replica.step(requests=("save",) if (rank, number) == (1, 5) else ())
             if agreed is not None:
                 seen.append((replica.value, agreed))
         records = replica.engine.take_records()
@@ -108,7 +108,7 @@ def test_a_delayed_sync_by_time() -> None:
                 seen.append(replica.value)
         # The timer runs from the moment that both had come: at 106 s; now it is 108 s here, 110 s there.
         assert replica.engine.schedule._timed_from == 106.0
-        replica.engine.meet()
+        replica.engine.barrier()
         return [*seen, replica.value, replica.engine.take_records()[-1].plan.tallies["inner_steps"].tolist()]
 
     # At the end the pseudo-gradients since -7.5 are 2 and 6, their mean 4.
@@ -127,7 +127,7 @@ def test_a_delayed_sync_ends_when_the_next_one_is_due() -> None:
         seen: list[Any] = [(n, replica.value) for n in range(12 if rank == 0 else 6) if replica.step() is not None]
         assert replica.engine.sync.pending
         assert replica.now == 112.0
-        replica.engine.meet()
+        replica.engine.barrier()
         return [*seen, replica.value, replica.engine.take_records()[-1].plan.tallies["inner_steps"].tolist()]
 
     assert run_ranks(2, body) == [[(10, -12.5), -15.0, [6.0, 3.0]], [(5, -16.5), -15.0, [6.0, 3.0]]]
@@ -143,7 +143,7 @@ def test_who_has_ended_waits_for_the_others_and_weighs_nothing(overlap: str) -> 
         )
         for _ in range(3 if rank == 1 else 10):
             replica.step()
-        replica.engine.meet()
+        replica.engine.barrier()
         return [replica.value, *[r.plan.weights[0, 0].item() for r in replica.engine.take_records()]]
 
     for value, *weights in run_ranks(2, body):

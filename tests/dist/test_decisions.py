@@ -15,9 +15,9 @@ import torch.distributed as dist
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_edit.telemetry import EDiTStats
-from hf_edit.trainer_decisions import TrainerDecisions
-from hf_edit.trainer_progress import TrainerProgress
+from hf_edit.telemetry.logs import EDiTStats
+from hf_edit.trainer.decisions import TrainerDecisions
+from hf_edit.trainer.progress import TrainerProgress
 from tests.dist.test_by_time import Replica
 from tests.dist.threads import run_ranks
 
@@ -33,8 +33,8 @@ class ByHand(TrainerDecisions, TrainerProgress):
         self.edit_config, self.edit_layout = replica.engine.config, replica.engine.peers.layout
         self._engine, self.edit_stats, self._gradient_bytes = replica.engine, EDiTStats(), 0
         self._postponed, self._agreed = set(), None
-        self._counted_steps = self._epoch_began_at = self._met_at = 0
-        self._stopping = self._parted = False
+        self._counted_steps = self._epoch_began_at = self._agreed_step = 0
+        self._stopping = self._left = False
         self._data_is_sized = rows is None
         self._steps_per_epoch = 10**6
         self.accelerator = SimpleNamespace(optimizer_step_was_skipped=False)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from hf_edit.config import EDiTConfig
-from hf_edit.groups import ProcessGroupPeers, _default_store
-from hf_edit.layout import Layout
+from hf_edit.peers.group import ProcessGroupPeers, _default_store
+from hf_edit.peers.layout import Layout
 from tests.dist.nets import Run, full, train
 from tests.dist.threads import run_ranks
 
@@ -178,7 +178,7 @@ def test_a_failed_collective_names_the_missing_replicas() -> None:
 
 
 def test_the_rendezvous_store_is_where_torch_keeps_it() -> None:
-    """hf_edit.groups reads it through a private name; this fails when that moves."""
+    """hf_edit.peers.group reads it through a private name; this fails when that moves."""
 
     def body(rank: int) -> bool:
         store = _default_store()

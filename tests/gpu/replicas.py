@@ -17,9 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_edit.config import EDiTConfig
-from hf_edit.engine import Engine
-from hf_edit.groups import ProcessGroupPeers
-from hf_edit.layout import Layout
+from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.peers.layout import Layout
+from hf_edit.sync.engine import Engine
 from tests.dist.nets import Net, batch, full
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
-from hf_edit.sync import OuterSync
-from hf_edit.units import find_units
+from hf_edit.sync.unit_sync import OuterSync
+from hf_edit.sync.units import find_units
 from tests.dist.nets import Net, batch
 from tests.launch.launching import torchrun
 

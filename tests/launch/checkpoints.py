@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_edit import EDiTConfig, EDiTTrainer
-from hf_edit.checkpoint import outer_tensors
+from hf_edit.checkpoint.state import outer_tensors
 from tests.launch.scenarios import FOLDER, VOCABULARY, main, make_args, make_rows
 
 STEPS = 12

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_edit import EDiTConfig, EDiTTrainer
-from hf_edit.units import is_compiled, local_part, named_tensors
+from hf_edit.sync.units import is_compiled, local_part, named_tensors
 from tests.launch.scenarios import FOLDER, VOCABULARY, main, make_args, make_model, make_rows, parameters
 
 ONE_BIG_BATCH = dict(sync_interval=1, outer_optimizer="none", weighting="uniform", max_pseudo_grad_norm=None)
@@ -127,34 +127,34 @@ def features_agree_with_the_plain_trainer() -> dict[str, Any]:
     return found
 
 
-class Wish(TrainerCallback):
+class Request(TrainerCallback):
     """Wants something on one rank alone."""
 
     def __init__(self, rank: int, step: int, flag: str, event: str = "on_step_end") -> None:
         self.rank, self.step, self.flag = rank, step, flag
-        setattr(self, event, self.wish)
+        setattr(self, event, self.request)
 
-    def wish(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def request(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.process_index == self.rank and state.global_step == self.step:
             setattr(control, self.flag, True)
 
 
 def what_one_rank_wants_all_do_at_the_next_sync() -> dict[str, Any]:
     world = dist.get_world_size() if dist.is_initialized() else 4
-    wishes = [
-        Wish(rank=world - 1, step=3, flag="should_evaluate", event="on_log"),  # its own replica's loss was odd
-        Wish(rank=0, step=5, flag="should_save", event="on_substep_end"),
-        Wish(rank=1, step=9, flag="should_training_stop"),
+    requests = [
+        Request(rank=world - 1, step=3, flag="should_evaluate", event="on_log"),  # its own replica's loss was odd
+        Request(rank=0, step=5, flag="should_save", event="on_substep_end"),
+        Request(rank=1, step=9, flag="should_training_stop"),
     ]
     config = EDiTConfig(sync_interval=4)
-    saving = dict(save_strategy="steps", save_steps=1000, output_dir=str(FOLDER / "wishes"))
-    trainer = run(None, config=config, callbacks=wishes, max_steps=40, gradient_accumulation_steps=2, **saving)
+    saving = dict(save_strategy="steps", save_steps=1000, output_dir=str(FOLDER / "requests"))
+    trainer = run(None, config=config, callbacks=requests, max_steps=40, gradient_accumulation_steps=2, **saving)
     found: list[Any] = [None] * dist.get_world_size()
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     dist.all_gather_object(found, (trainer.state.global_step, evaluated))
     assert found == [(12, [4])] * dist.get_world_size(), found
     if dist.get_rank() == 0:
-        assert [path.name for path in (FOLDER / "wishes").glob("checkpoint-*")] == ["checkpoint-8"]
+        assert [path.name for path in (FOLDER / "requests").glob("checkpoint-*")] == ["checkpoint-8"]
     return {}
 
 

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 from transformers.utils import logging as transformers_logging
 
 from hf_edit import EDiTConfig, EDiTTrainer
-from hf_edit.manifest import checkpoints, problem
+from hf_edit.checkpoint.manifest import checkpoints, problem
 from tests.launch.launching import free_port
 
 WORLD = 2

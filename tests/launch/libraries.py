@@ -21,7 +21,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from hf_edit import EDiTConfig, EDiTMixin
-from hf_edit.units import named_tensors
+from hf_edit.sync.units import named_tensors
 from tests.launch.features import assert_replicas_equal, losses, run
 from tests.launch.scenarios import FOLDER, LENGTH, VOCABULARY, main, make_args, make_model, parameters
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hf_edit import EDiT, EDiTConfig
-from hf_edit.units import local_part, named_tensors
+from hf_edit.sync.units import local_part, named_tensors
 from tests.launch.scenarios import BATCH, FOLDER, distance, expected, main, make_model, make_rows
 
 

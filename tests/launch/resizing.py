@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_edit import EDiTConfig, EDiTTrainer
-from hf_edit.checkpoint import outer_tensors
-from hf_edit.units import named_tensors
+from hf_edit.checkpoint.state import outer_tensors
+from hf_edit.sync.units import named_tensors
 from tests.launch.checkpoints import make_model
 from tests.launch.scenarios import FOLDER, LENGTH, VOCABULARY, make_args
 

@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_edit import EDiTConfig, EDiTMixin, EDiTTrainer
-from hf_edit.units import find_units
+from hf_edit.sync.units import find_units
 from tests.dist.reference import simulate
 
 FOLDER = Path(sys.argv[1])

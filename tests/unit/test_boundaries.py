@@ -11,63 +11,32 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "hf_edit"
 
-# Each file and those of the package that it may import: down the list only.
-ALLOWED: dict[str, set[str]] = {
-    "config": set(),
-    "penalty": set(),
-    "outer": set(),
-    "schedule": set(),
-    "layout": set(),
-    "groups": {"layout"},
-    "units": set(),
-    "measure": set(),
-    "plan": {"config", "penalty"},
-    "records": {"penalty", "plan"},
-    "background": {"groups", "penalty", "plan"},
-    "sync": {"background", "config", "penalty", "plan", "outer", "groups", "measure", "records", "units"},
-    "manifest": {"units"},
-    "checkpoint": {"layout", "manifest", "penalty", "sync", "units"},
-    "equality": {"config", "groups", "units"},
-    "engine": {
-        "background",
-        "checkpoint",
-        "config",
-        "equality",
-        "groups",
-        "manifest",
-        "records",
-        "schedule",
-        "sync",
-        "units",
-    },
-    "accelerate_hook": {"config", "layout"},
-    "telemetry": {"penalty", "records"},
-    "loop": {"accelerate_hook", "checkpoint", "config", "engine", "groups", "layout", "manifest", "telemetry", "units"},
-    "trainer_checkpoints": {"accelerate_hook", "checkpoint", "config", "engine", "layout", "manifest", "units"},
-    "trainer_counts": {"accelerate_hook", "engine", "groups", "layout", "records", "telemetry"},
-    "trainer_progress": {"checkpoint", "config", "engine", "layout", "manifest", "schedule"},
-    "trainer_decisions": {"config", "engine", "telemetry", "trainer_progress"},
-    "trainer": {
-        "accelerate_hook",
-        "config",
-        "engine",
-        "groups",
-        "layout",
-        "telemetry",
-        "trainer_checkpoints",
-        "trainer_counts",
-        "trainer_decisions",
-        "trainer_progress",
-        "units",
-    },
-    "__init__": {"config", "loop", "telemetry", "trainer"},
-}
-# Libraries that only these files may import.
+# The house from the ground up: a file may import only files that stand before it in this list.
+ORDER = [
+    "config",
+    *(f"method.{name}" for name in ("penalty", "plan", "outer", "schedule")),
+    *(f"peers.{name}" for name in ("layout", "group")),
+    *(f"sync.{name}" for name in ("units", "measure", "equality", "background", "unit_sync")),
+    *(f"checkpoint.{name}" for name in ("manifest", "state")),
+    "sync.engine",
+    "telemetry.logs",
+    "trainer.accelerate_hook",
+    "trainer.counts",
+    "trainer.progress",
+    "trainer.decisions",
+    "trainer.checkpoints",
+    "trainer.trainer",
+    "trainer.loop",
+    "__init__",
+]
+# Floors that only those above may use; who stands on which.
+FLOORS = ["method", "peers", "sync", "checkpoint", "telemetry", "trainer"]
+# Libraries that only these files may import; a folder's name stands for all in it.
 KEPT_TO: dict[str, set[str]] = {
-    "accelerate": {"accelerate_hook", "loop", "trainer"},
-    "transformers": {"trainer", "trainer_checkpoints", "trainer_counts", "trainer_decisions", "trainer_progress"},
-    "torch.distributed.fsdp": {"units", "accelerate_hook"},
-    "torch.nn.parallel": {"units"},
+    "accelerate": {"trainer"},
+    "transformers": {"trainer"},
+    "torch.distributed.fsdp": {"sync.units", "trainer.accelerate_hook"},
+    "torch.nn.parallel": {"sync.units"},
     "wandb": {"telemetry"},
 }
 
@@ -83,31 +52,46 @@ def imports(source: str) -> set[str]:
 
 
 def breaches(name: str, source: str) -> list[str]:
+    below = ORDER[: ORDER.index(name)]
     found = []
     for module in sorted(imports(source)):
-        if module.startswith("hf_edit.") and module.removeprefix("hf_edit.") not in ALLOWED[name]:
+        if module.startswith("hf_edit.") and module.removeprefix("hf_edit.") not in below:
             found.append(module)
         for library, homes in KEPT_TO.items():
-            if (module + ".").startswith(library + ".") and name not in homes:
+            if (module + ".").startswith(library + ".") and not {name, name.partition(".")[0]} & homes:
                 found.append(module)
     return found
 
 
-def test_every_file_is_listed() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ALLOWED)
+def files() -> dict[str, Path]:
+    """Every file with code in it, by its dotted name below `hf_edit`."""
+    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name: path for name, path in found.items() if not name.endswith(".__init__")}
 
 
-@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_every_file_has_its_place() -> None:
+    assert set(files()) == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
 def test_imports_point_down(name: str) -> None:
-    assert breaches(name, (PACKAGE / f"{name}.py").read_text(encoding="utf-8")) == []
+    assert breaches(name, files()[name].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floor_says_what_lives_there(floor: str) -> None:
+    source = (PACKAGE / floor / "__init__.py").read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(source))
+    assert not imports(source)
 
 
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("penalty", "from hf_edit.sync import OuterSync"),
-        ("sync", "import torch.distributed.fsdp"),
-        ("engine", "from accelerate import Accelerator"),
+        ("method.penalty", "from hf_edit.sync.unit_sync import OuterSync"),
+        ("sync.unit_sync", "import torch.distributed.fsdp"),
+        ("sync.engine", "from accelerate import Accelerator"),
+        ("telemetry.logs", "from hf_edit.trainer.counts import TrainerCounts"),
     ],
 )
 def test_a_breach_is_seen(name: str, line: str) -> None:
@@ -120,7 +104,9 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("statement", ["import hf_edit", "import hf_edit.penalty", "import hf_edit.outer"])
+@pytest.mark.parametrize(
+    "statement", ["import hf_edit", "import hf_edit.method.penalty", "import hf_edit.method.plan, hf_edit.method.outer"]
+)
 def test_the_trainer_is_loaded_on_first_use(statement: str) -> None:
     assert not {"transformers", "accelerate", "wandb", "datasets"} & loaded_by(statement)
 

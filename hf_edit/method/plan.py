@@ -1,0 +1,103 @@
+"""What all ranks decide about a sync, each for itself, from the same exchanged numbers, and what came of it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_edit.config import EDiTConfig
+from hf_edit.method.penalty import (
+    DetectorState,
+    detect_anomalies,
+    effective_replicas,
+    norm_weights,
+    relative_weights,
+    share_weights,
+)
+
+
+@dataclass
+class SyncPlan:
+    """The decisions about one sync. Host tensors; U units, R replicas.
+
+    `norms`, `weights` [U, R] float64; `anomalous`, `restarted` [U, R] bool. `unchanged` [U] bool: nobody has anything
+    to add; `rolled_back` [U] bool: because of anomalies. `tallies` maps each tally's name to its sum over the ranks of
+    each replica, [R] float64.
+    """
+
+    norms: Tensor
+    weights: Tensor
+    anomalous: Tensor
+    restarted: Tensor
+    unchanged: Tensor
+    rolled_back: Tensor
+    tallies: dict[str, Tensor]
+
+
+def make_plan(
+    table: Tensor, tally_names: Sequence[str], detectors: DetectorState, config: EDiTConfig
+) -> tuple[SyncPlan, DetectorState]:
+    """The plan of a sync, and the detectors after it (EDiT, Algorithm 2: eliminate and weigh).
+
+    Args:
+        table: [R, U + T] float64 on the host; for each replica the squared norm of each unit, then its tallies.
+        tally_names: T names, "inner_steps" among them. A replica that did none is idle: it has nothing to say, and its
+            norm of 0 would weigh most.
+    """
+    num_units = table.shape[1] - len(tally_names)
+    norms = table[:, :num_units].sqrt().T
+    tallies = dict(zip(tally_names, table[:, num_units:].T, strict=True))
+    steps = tallies["inner_steps"]
+    idle = steps == 0
+    anomalous, restarted, after = detect_anomalies(
+        detectors,
+        norms,
+        threshold=config.anomaly_threshold,
+        alpha=config.ema_alpha,
+        warmup_syncs=config.ema_warmup_syncs,
+        max_consecutive=config.max_consecutive_anomalies,
+        idle=idle,
+    )
+    passed = ~(anomalous | idle)
+    if config.weighting == "norm":
+        weights = norm_weights(norms, passed, config.softmax_temperature)
+    elif config.weighting == "relative":
+        weights = relative_weights(norms, passed, config.softmax_temperature)
+    else:
+        weights = share_weights(steps if config.weighting == "steps" else torch.ones_like(steps), passed)
+    unchanged = ~passed.any(dim=1)
+    rolled_back = unchanged & anomalous.any(dim=1)
+    return SyncPlan(norms, weights, anomalous, restarted, unchanged, rolled_back, tallies), after
+
+
+@dataclass
+class SyncRecord:
+    """What happened in one sync, in host numbers. Times in seconds, bytes as sent by this rank."""
+
+    sync: int
+    plan: SyncPlan
+    unit_names: list[str]
+    sync_seconds: float
+    exposed_seconds: float
+    wait_seconds: float
+    sync_bytes: int
+    interval_seconds: float
+    pseudo_grad_norm: float
+    clipped_units: int
+
+    @property
+    def anomalous_replicas(self) -> int:
+        """Replicas that were left out of at least one unit."""
+        return int(self.plan.anomalous.any(dim=0).sum())
+
+    @property
+    def rollbacks(self) -> int:
+        """Units that went back to the last anchor."""
+        return int(self.plan.rolled_back.sum())
+
+    @property
+    def effective_replicas(self) -> float:
+        return float(effective_replicas(self.plan.weights).mean())

@@ -1,0 +1,350 @@
+"""EDiT for one model: warm-up, inner steps, outer syncs (EDiT, Algorithm 1).
+
+Ties schedule, units, groups and sync together. The Trainer and `EDiT` drive it with three calls:
+`before_optimizer_step`, `step`, `flush`; where replicas end at different steps also by `leave` or `barrier`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import hf_edit.checkpoint.state as checkpoint
+from hf_edit.checkpoint.manifest import Manifest, trained_parameters
+from hf_edit.config import EDiTConfig
+from hf_edit.method.plan import SyncRecord
+from hf_edit.method.schedule import GlobalProgress, SyncSchedule
+from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.sync.background import Runner, in_thread
+from hf_edit.sync.equality import Buffers, check_agreement, make_replicas_equal
+from hf_edit.sync.unit_sync import OuterSync
+from hf_edit.sync.units import find_units, is_compiled, keep_gradients_local, release, start_averaging_gradients
+
+# What every rank counts between two syncs over its own micro-batches, so that the sum over the replica's ranks is the
+# replica's: training loss, tokens (for the throughput), tokens as the Trainer counts them, floating point operations.
+TALLIES = ("loss", "tokens", "input_tokens", "flos")
+# A replica whose training has ended waits for that many of its own intervals until all others come to their next sync.
+PATIENCE_INTERVALS = 10
+REQUESTS = ("evaluate", "save", "stop", "epoch_stop")  # needing equal replicas, and the same decision on every rank
+
+
+class Engine:
+    """The method at work on one prepared model.
+
+    Args:
+        model: as Accelerate prepared it: sharded by FSDP2 over the replica, or DDP for replicas of one rank.
+        optimizer: the inner optimizer.
+        config: the method's settings, equal on all ranks.
+        peers: this rank's groups.
+        first_step: optimizer steps that were taken before, which count for the warm-up.
+        on_begin: called when a sync begins and takes the tallies with it.
+        last_step: global progress at which a sync is due whatever the time (A-EDiT); None: there is no end.
+        clock: monotonic seconds.
+        runner: what runs a delayed sync beside the training.
+
+    Raises:
+        ValueError: configuration or model differ between the ranks.
+        RuntimeError: frozen parameters differ between the replicas.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        config: EDiTConfig,
+        peers: ProcessGroupPeers,
+        *,
+        first_step: int = 0,
+        on_begin: Callable[[], None] | None = None,
+        last_step: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        runner: Runner[Any] = in_thread,
+    ) -> None:
+        self.config = config
+        self.peers = peers
+        self._model = model
+        self._optimizer = optimizer
+        self._on_begin = on_begin
+        check_agreement(model, config)
+        self.units = find_units(model)
+        self.schedule = SyncSchedule(config.sync_interval, config.sync_seconds, config.warmup_steps, clock)
+        self.schedule.step = first_step
+        self.progress = GlobalProgress(peers.replica, confirmed=float(first_step))
+        self.sync = OuterSync(self.units, peers, peers.sum_in_replica, config, optimizer, clock, runner)
+        self.tallies: dict[str, Any] = dict.fromkeys(TALLIES, 0.0)
+        # Hooks that come and go would have a compiled model traced anew for every sync.
+        self._in_forward = config.overlap == "forward" and not is_compiled(model)
+        self._delay_steps = config.delay_steps if config.overlap == "delayed" else 0
+        self._last_step = last_step
+        self._first_step = first_step
+        self._clock = clock
+        self._started_at = clock()
+        self._all_arrived = False
+        if self.by_time or self._delay_steps:
+            peers.make_host_groups()
+        make_replicas_equal(model, peers)
+        self._buffers = Buffers(model, peers)
+        if self.schedule.warming_up:
+            start_averaging_gradients(model, peers.average)
+        else:
+            self._end_warmup()
+
+    def _end_warmup(self) -> None:
+        keep_gradients_local(self._model)
+        self.sync.take_anchors()
+        self.tallies.update(loss=0.0, tokens=0.0)  # of the interval that begins; the others are totals
+
+    @property
+    def warming_up(self) -> bool:
+        """True if the next optimizer step is a synchronous one."""
+        return self.schedule.warming_up
+
+    @property
+    def replicas_equal(self) -> bool:
+        """True if nothing was learnt since the last finished sync, or in warm-up."""
+        return self.schedule.interval_steps == 0 and not self.sync.pending
+
+    def tally(self, **amounts: Tensor | float) -> None:
+        """Adds to this rank's counts since the last sync (see `TALLIES`); a sync sums each over the replica's ranks."""
+        for name, amount in amounts.items():
+            if isinstance(amount, Tensor):
+                amount = amount.double()  # a loss can be bf16, which would add up in bf16
+            self.tallies[name] = self.tallies[name] + amount
+
+    @property
+    def by_time(self) -> bool:
+        """True for A-EDiT, where replicas take different numbers of steps."""
+        return self.config.sync_seconds is not None
+
+    def before_optimizer_step(self) -> None:
+        """Ends a sync whose units were not all used by the forward pass."""
+        if not self._delay_steps:
+            self.sync.finish()
+
+    def step(self, requests: Collection[str] = (), skipped: bool = False) -> set[str] | None:
+        """One optimizer step was taken, or skipped by fp16's scaler: begins the sync if it is due.
+
+        Args:
+            requests: what this rank wants done on equal replicas; any of `REQUESTS`.
+
+        Returns:
+            What any rank wanted, the same on all of them, if all replicas have come to know it: when a sync has begun,
+            or with overlap="delayed" when it was applied; else None.
+        """
+        was_warming_up = self.schedule.warming_up
+        self._restart_timer()
+        due = self.schedule.advance(skipped)
+        self.progress.take_step()
+        if was_warming_up:
+            self.progress.hand_over()
+            self.progress.confirm([1.0] * self.peers.num_replicas)
+            if not self.schedule.warming_up:
+                make_replicas_equal(self._model, self.peers)  # machines of different kinds may round differently
+                self._end_warmup()
+            return None
+        agreed = None
+        if self._delay_steps and self.sync.pending and self.schedule.interval_steps >= self._delay_steps:
+            agreed = self._complete()
+        if self._is_due(due):
+            if self.sync.pending:  # by time, on a replica whose steps are long: it would keep the others waiting
+                agreed = self._complete()
+            self._begin(requests, beside=self._delay_steps > 0)
+            if not self._delay_steps:
+                agreed = self._complete(in_forward=self._in_forward)
+        return agreed
+
+    def _is_due(self, due: bool) -> bool:
+        if not self.by_time:
+            return due
+        if self._last_step is not None and not self.sync.pending:
+            # A delayed sync is applied that much later, and the end is decided then.
+            due = due or self.progress.value + self._delay_steps >= self._last_step
+        return self.peers.lead(due)
+
+    def flush(self, requests: Collection[str] = (), leaving: bool = False) -> set[str] | None:
+        """Makes the replicas equal: ends a sync under way, and syncs what was learnt since the last one.
+
+        Other arguments and result are those of `step`; None if there was nothing to sync.
+
+        Args:
+            leaving: this replica has just heard at a sync, by `drain` or `leave`, what all now flush for. The others do
+                so where they apply a delayed sync, and then sync what they learnt meanwhile; so this one joins them.
+        """
+        agreed = self.drain()
+        if self.schedule.interval_steps or (leaving and self._delay_steps):
+            agreed = self._sync(requests) | (agreed or set())
+        return agreed
+
+    def drain(self) -> set[str] | None:
+        """Ends a sync under way; what any rank wanted at it if this one has not heard of that yet, else None."""
+        agreed = self._complete() if self._delay_steps and self.sync.pending else None
+        self.sync.finish()
+        return agreed
+
+    def leave(self, requests: Collection[str]) -> set[str]:
+        """Tells the others at their next sync what this replica wants, whose training ends where theirs may go on.
+
+        Result as of `step`. No sync may be under way.
+        """
+        self._wait_for_training_replicas()
+        return self._sync(requests)
+
+    def barrier(self) -> None:
+        """Makes the replicas equal, when each calls it in its own time: joins the others' syncs until all are here.
+
+        For a loop whose replicas take different numbers of steps. One that waits here has no step to tell of, and
+        weighs nothing. In the warm-up they are equal, and take their steps together.
+        """
+        if self.warming_up:
+            return
+        self.drain()
+        self._all_arrived = False
+        while not self._all_arrived:
+            self._wait_for_training_replicas()
+            self._sync(("barrier",))
+
+    def _wait_for_training_replicas(self) -> None:
+        """They may be an interval away: longer than any wait between replicas that are on their way to a sync."""
+        steps = max(1, self.schedule.step - self._first_step)
+        interval_seconds = self.config.sync_interval * (self._clock() - self._started_at) / steps
+        self.peers.wait_for_arrivals(PATIENCE_INTERVALS * interval_seconds)
+
+    def _sync(self, requests: Collection[str]) -> set[str]:
+        self._begin(requests)
+        return self._complete()
+
+    def agree(self, requests: Collection[str]) -> set[str]:
+        """What any rank wants, the same on all of them; all replicas call it at the same step."""
+        everyone: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, set(requests))
+        return set().union(*everyone)
+
+    def close(self) -> None:
+        """Training has ended: DDP is left as it was found."""
+        release(self._model)
+
+    def abandon(self) -> None:
+        """Forgets a sync under way; for a training that was broken off."""
+        self.sync.abandon()
+
+    def _begin(self, requests: Collection[str], beside: bool = False) -> None:
+        # Steps are equal on all ranks of a replica, and what is gathered is the sum over them.
+        steps = {"inner_steps": self.schedule.inner_steps, "interval_steps": self.schedule.interval_steps}
+        counts = {name: count / self.peers.layout.replica_size for name, count in steps.items()}
+        asked = {name: float(name in requests) for name in (*REQUESTS, "barrier")}
+        self.sync.begin({**self.tallies, **asked, "buffers": self._buffers.changed(), **counts}, beside=beside)
+        self.tallies = dict.fromkeys(TALLIES, 0.0)
+        self.schedule.restart()
+        self.progress.hand_over()
+        if self._on_begin is not None:
+            self._on_begin()
+
+    def _complete(self, in_forward: bool = False) -> set[str]:
+        """Waits until all replicas have come to the sync under way, and carries it out; what any rank wanted.
+
+        Args:
+            in_forward: carry it out in the next forward pass, which cannot begin without what is awaited here.
+        """
+        shared = self.sync.decide().tallies
+        self.progress.confirm([round(steps) for steps in shared["interval_steps"].tolist()], self._delay_steps)
+        if in_forward:
+            self.sync.apply_in_forward()
+        else:
+            self.sync.finish(went_on=self.schedule.interval_steps > 0)
+        self._restart_timer()
+        if float(shared["buffers"].sum()) > 0:
+            self._buffers.follow_first_replica()
+        self._all_arrived = float(shared["barrier"].min()) > 0
+        return {name for name in REQUESTS if float(shared[name].sum()) > 0}
+
+    def _restart_timer(self) -> None:
+        if self.sync.waited_until is not None:  # None: the sync under way has yet to get there
+            self.schedule.restart_timer(self.sync.waited_until)
+
+    def take_records(self) -> list[SyncRecord]:
+        """The records of the syncs that ended since the last call."""
+        return self.sync.take_records()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, host: dict[str, Any], *, write_outer: bool) -> None:
+        """Writes this rank's part of `folder`/edit, which `manifest.start` has made; the replicas must be equal.
+
+        Args:
+            host: what this rank keeps beside (numbers, strings, lists, dicts, tensors); "rank" is its own alone.
+            write_outer: True on the ranks of the replica that writes what all have in common.
+        """
+        if not self.replicas_equal:
+            raise RuntimeError("A checkpoint is of equal replicas; call flush() first.")
+        group = self.peers.replica_group
+        if write_outer:
+            checkpoint.save_outer(folder, self._model, self.sync, group)
+        host["rank"]["tallies"] = {name: float(value) for name, value in self.tallies.items()}
+        host["rank"]["progress"] = asdict(self.progress)
+        checkpoint.save_inner(folder, self.peers.layout, self._model, self._optimizer, host, group)
+
+    def manifest(self, step: int) -> Manifest:
+        """What this run is, for its checkpoint of the training's step `step`."""
+        return Manifest(
+            step=step,
+            num_replicas=self.peers.num_replicas,
+            replica_size=self.peers.layout.replica_size,
+            sync_count=self.sync.sync_count,
+            schedule_step=self.schedule.step,
+            units=[unit.name for unit in self.units],
+            config=self.config.to_dict(),
+            parameters=trained_parameters(self._model),
+            files={},
+        )
+
+    def load(self, folder: Path, manifest: Manifest) -> None:
+        """Takes anchor, momentum and detectors of a checkpoint; model and inner optimizer have been loaded before.
+
+        `first_step` must have been the steps taken until then.
+        """
+        checkpoint.load_outer(folder, manifest, self.sync, self.peers.replica_group)
+
+    def counters(self) -> dict[str, float]:
+        """Where this rank is in the schedule, and its counts since the last sync."""
+        counts = {name: float(value) for name, value in self.tallies.items()}
+        steps = {
+            "step": self.schedule.step,
+            "inner_steps": self.schedule.inner_steps,
+            "interval_steps": self.schedule.interval_steps,
+        }
+        return {**counts, **steps, "sync_count": self.sync.sync_count, "progress": self.progress.confirmed}
+
+    def go_on_at(self, step: int) -> None:
+        """The training goes on after its optimizer step number `step`: ends the warm-up if that lies behind.
+
+        Raises:
+            ValueError: this training is past its warm-up, and `step` is not.
+        """
+        was_warming_up, warming_up = self.warming_up, step < self.config.warmup_steps
+        if warming_up and not was_warming_up:
+            raise ValueError(
+                f"The state is of step {step}, in the warm-up of {self.config.warmup_steps} steps; this training is "
+                "past it. Load the state into a new EDiT."
+            )
+        self.schedule.step = self._first_step = step
+        self._started_at = self._clock()
+        if was_warming_up and not warming_up:
+            self._end_warmup()
+
+    def load_counters(self, counters: dict[str, float]) -> None:
+        self.tallies = {name: counters[name] for name in TALLIES}
+        self.schedule.step, self.schedule.interval_steps = int(counters["step"]), int(counters["interval_steps"])
+        self.schedule.inner_steps = int(counters["inner_steps"])
+        self.sync.sync_count = int(counters["sync_count"])
+        self.progress.confirmed = counters["progress"]
+
+    def load_rank(self, state: dict[str, Any]) -> None:
+        """This rank's counts at the time of the checkpoint, as `save` has put them into `host["rank"]`."""
+        self.tallies.update(state["tallies"])
+        self.progress = GlobalProgress(**state["progress"])

@@ -1,0 +1,100 @@
+"""What must be equal on all ranks or replicas, and how it is made so: settings, model, parameters, buffers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_edit.config import EDiTConfig
+from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.sync.units import local_part, named_tensors, unwrap
+
+logger = logging.getLogger(__name__)
+
+
+class Buffers:
+    """The model's saved buffers, which follow replica 0 at a sync if they have changed anywhere since the last one."""
+
+    def __init__(self, model: nn.Module, peers: ProcessGroupPeers) -> None:
+        self._peers = peers
+        self._tensors = list(named_tensors(model)[1].values())
+        self._seen = [tensor.clone() for tensor in self._tensors]
+
+    def changed(self) -> Tensor | float:
+        if not self._tensors:
+            return 0.0
+        pairs = zip(self._tensors, self._seen, strict=True)
+        return torch.stack([tensor.ne(seen).any() for tensor, seen in pairs]).any().double()
+
+    @torch.no_grad()
+    def follow_first_replica(self) -> None:
+        for tensor, seen in zip(self._tensors, self._seen, strict=True):
+            self._peers.broadcast_to_all(tensor)
+            seen.copy_(tensor)
+
+
+def check_agreement(model: nn.Module, config: EDiTConfig) -> None:
+    """All ranks must have the same configuration and a model of the same shape."""
+    shapes = [(name, tuple(p.shape), p.requires_grad) for name, p in unwrap(model).named_parameters()]
+    mine = {**config.to_dict(), "model": hashlib.sha256(repr(shapes).encode()).hexdigest()}
+    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    differing = {
+        name: {rank: other[name] for rank, other in enumerate(everyone)}
+        for name in mine
+        if any(other[name] != everyone[0][name] for other in everyone)
+    }
+    if "model" in differing:
+        raise ValueError(
+            "The model's parameters (names, shapes, or which of them are trained) differ between the ranks: "
+            f"fingerprints by rank {differing['model']}. Build the same model on every rank."
+        )
+    if differing:
+        raise ValueError(
+            f"EDiTConfig differs between the ranks; values by rank: {differing}. Every rank needs the same settings: "
+            "check the files, environment variables and flags on each host."
+        )
+
+
+@torch.no_grad()
+def make_replicas_equal(model: nn.Module, peers: ProcessGroupPeers) -> None:
+    """Every replica takes replica 0's trainable parameters and buffers where digests show that they differ."""
+    model = unwrap(model)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    digests = torch.stack([_digest(local_part(tensor)) for _, tensor in named])
+    table = peers.gather(peers.sum_in_replica(digests.flatten()))().view(peers.num_replicas, -1, 2)
+    differing = (table != table[0]).any(dim=2).any(dim=0).tolist()
+    names = [name for (name, _), differs in zip(named, differing, strict=True) if differs]
+    if not names:
+        return
+    for (name, tensor), differs in zip(named, differing, strict=True):
+        if not differs:
+            continue
+        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            raise RuntimeError(
+                f"The frozen parameter {name} differs between the replicas, and frozen parameters are never sent. "
+                "Load the same weights on every rank."
+            )
+        peers.broadcast(local_part(tensor))
+    logger.warning(
+        "The replicas held different values of %d tensors (%s, ...); all took those of replica 0.",
+        len(names), names[0],
+    )  # fmt: skip
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """Two int64 [2] that change with any bit of `tensor` and with the order of its elements."""
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    words = raw.view(torch.int32) if raw.numel() % 4 == 0 else raw
+    digest = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    chunk = 1 << 22  # bounds the int64 copies
+    for start in range(0, words.numel(), chunk):
+        piece = words[start : start + chunk].to(torch.int64)
+        place = torch.arange(start + 1, start + 1 + piece.numel(), device=tensor.device)
+        digest += torch.stack([piece.sum(), (piece * place).sum()])
+    return digest

@@ -1,0 +1,306 @@
+"""Accelerate's part: replicas in, a mesh that FSDP2 shards over the replica only. Nothing else knows Accelerate.
+
+`ParallelismConfig.fsdp_dim_names` names the mesh axes that `fully_shard` gets. Without `dp_replicate` among them,
+Accelerate shards over the replica and leaves the replicas to themselves, while its data loader still gives every rank
+its own data.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator, ParallelismConfig, PartialState
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    recursively_apply,
+    synchronize_rng_states,
+)
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from hf_edit.config import EDiTConfig
+from hf_edit.peers.layout import Layout, default_num_replicas
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(repr=False)
+class ReplicaParallelismConfig(ParallelismConfig):
+    """`dp_replicate_size` replicas of `dp_shard_size` ranks, FSDP2 sharding over the replica only.
+
+    It also turns FSDP2 on for CPU, which Accelerate 1.15 does not: `AcceleratorState` stays MULTI_CPU, drops the
+    plugin, and DDP would be used silently.
+    """
+
+    cpu_fsdp_plugin: FullyShardedDataParallelPlugin | None = None
+
+    @property
+    def fsdp_dim_names(self) -> list[str]:
+        return ["dp_shard_cp"]
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        # Private in Accelerate 1.15, and the first call that gets the accelerator: FSDP2 must be on before it checks
+        # that this configuration has FSDP2. tests/launch fails when it moves: ranks would come up under DDP.
+        if self.cpu_fsdp_plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+            if accelerator.mixed_precision != "no":
+                self.cpu_fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+            PartialState().distributed_type = DistributedType.FSDP
+            accelerator.state.distributed_type = DistributedType.FSDP
+            accelerator.state.fsdp_plugin = self.cpu_fsdp_plugin
+        super()._validate_accelerator(accelerator)
+
+
+def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
+    """How the processes of this launch form replicas; refuses what EDiT cannot train with.
+
+    Args:
+        args: `TrainingArguments`.
+
+    Raises:
+        ValueError: what was given, what is allowed, what to do.
+    """
+    _check_launcher(args)
+    if args.world_size == 1:
+        return Layout.split(1, config.num_replicas or 1, 0)
+    given = _given_parallelism(args)
+    num_replicas = config.num_replicas or default_num_replicas(
+        args.world_size, fsdp=wants_fsdp(args), dp_replicate_size=given.dp_replicate_size if given else None
+    )
+    if num_replicas == 1:
+        return Layout.split(args.world_size, 1, args.process_index)  # a plain Trainer, whatever it is asked to do
+    _refuse_unsupported(args, model)
+    if given is not None:
+        _refuse_axes(given, args, check_product=config.num_replicas is None)
+    layout = Layout.split(args.world_size, num_replicas, args.process_index)
+    if layout.replica_size > 1 and not wants_fsdp(args):
+        raise ValueError(
+            f"num_replicas={num_replicas} on {args.world_size} processes gives replicas of {layout.replica_size} ranks,"
+            " which need FSDP2, but FSDP is off. Set fsdp=True in TrainingArguments (or take an Accelerate config with "
+            f"fsdp_version: 2), or set num_replicas={args.world_size} for replicas of one rank."
+        )
+    return layout
+
+
+def _given_parallelism(args: Any) -> ParallelismConfig | None:
+    """Accelerate's axes, from TrainingArguments or its config file."""
+    if args.parallelism_config is None and _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return ParallelismConfig()
+    return args.parallelism_config
+
+
+def _refuse_axes(given: ParallelismConfig, args: Any, check_product: bool) -> None:
+    for axis in ("tp", "cp", "sp"):
+        if (size := getattr(given, f"{axis}_size")) > 1:
+            raise ValueError(
+                f"{axis}_size={size}: EDiT shards a replica with FSDP2 (dp_shard) alone. Set {axis}_size to 1."
+            )
+    replicas, shards = given.dp_replicate_size, given.dp_shard_size
+    if check_product and shards > 1 and replicas * shards != args.world_size:
+        raise ValueError(
+            f"dp_replicate_size={replicas} times dp_shard_size={shards} is not the {args.world_size} processes of this "
+            f"launch. Make their product {args.world_size}."
+        )
+
+
+def wants_fsdp(args: Any) -> bool:
+    """True if TrainingArguments or the Accelerate config file ask for FSDP."""
+    return args.fsdp_plugin_args is not None or _flag("ACCELERATE_USE_FSDP")
+
+
+def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout) -> dict[str, Any]:
+    """The arguments of `Accelerator` for `layout`, from those that the Trainer built."""
+    on_cpu = args.device.type == "cpu"
+    plain = layout.num_replicas == 1 and not (on_cpu and _fsdp_version(args) == 2)
+    if not wants_fsdp(args) or args.world_size == 1 or plain:
+        if layout.num_replicas > 1:
+            built["parallelism_config"] = None
+        return built
+    if layout.replica_size == 1:
+        # Nothing to shard: DDP. The Trainer must not see FSDP either, hence the arguments and the variable.
+        args.fsdp, args.fsdp_plugin_args = None, None
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+        return {**built, "fsdp_plugin": None, "parallelism_config": None}
+    plugin = built.get("fsdp_plugin") or FullyShardedDataParallelPlugin()
+    if layout.num_replicas > 1:
+        _refuse_plugin(plugin)
+    parallelism = ReplicaParallelismConfig(
+        dp_replicate_size=layout.num_replicas,
+        dp_shard_size=layout.replica_size,
+        cpu_fsdp_plugin=plugin if on_cpu else None,
+    )
+    return {**built, "fsdp_plugin": plugin, "parallelism_config": parallelism}
+
+
+def _refuse_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "FSDP's cpu_offload keeps the parameters in host memory, where replicas cannot sync them. Turn it off; "
+            "offload_outer_state=True moves EDiT's own state there."
+        )
+
+
+def saves_sharded(accelerator: Accelerator) -> bool:
+    """True if the user chose fsdp_state_dict_type SHARDED_STATE_DICT."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and "SHARDED_STATE_DICT" in str(plugin.state_dict_type)
+
+
+def save_sharded(model: nn.Module, optimizer: Any, output_dir: str, group: Any) -> None:
+    """As accelerate.utils.save_fsdp_model and save_fsdp_optimizer (1.15) write shards, but by one replica's `group`.
+
+    Accelerate's `load_fsdp_model` and `load_fsdp_optimizer` read it.
+    """
+    adapters = StateDictOptions(ignore_frozen_params=hasattr(model, "peft_config"))  # alone, as Accelerate does
+    parts = {
+        f"{FSDP_MODEL_NAME}_0": {"model": get_model_state_dict(model, options=adapters)},
+        f"{OPTIMIZER_NAME}_0": {"optimizer": get_optimizer_state_dict(model, optimizer)},
+    }
+    for name, state in parts.items():
+        save(state, storage_writer=FileSystemWriter(os.path.join(output_dir, name)), process_group=group)
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The whole model in host memory on rank 0, empty on the others."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def check_accelerator(accelerator: Accelerator, layout: Layout) -> None:
+    """The accelerator must have come up as `layout` says.
+
+    Raises:
+        RuntimeError: another Accelerator of this process was there first, with another layout.
+    """
+    if layout.replica_size == 1 or layout.num_replicas == 1:
+        return
+    parallelism = accelerator.parallelism_config
+    if not accelerator.is_fsdp2 or not isinstance(parallelism, ReplicaParallelismConfig) or (
+        parallelism.dp_replicate_size, parallelism.dp_shard_size
+    ) != (layout.num_replicas, layout.replica_size):  # fmt: skip
+        raise RuntimeError(
+            f"EDiT needs {layout}, but this process has an Accelerator already, which came up with "
+            f"{accelerator.distributed_type.value} and {parallelism}. Create the EDiTTrainer before any other "
+            "Accelerator, or leave accelerator_config.use_configured_state off."
+        )
+
+
+def make_accelerator(config: EDiTConfig, settings: dict[str, Any]) -> Accelerator:
+    """`Accelerator(**settings)` with replicas, for a hand-written loop."""
+    # Without an accelerator Accelerate must be told, or each process would train alone.
+    on_cpu = settings.get("cpu") or _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    settings = {**settings, "cpu": on_cpu}
+    state = PartialState(cpu=on_cpu)
+    data = settings.get("dataloader_config") or DataLoaderConfiguration(use_seedable_sampler=True)
+    plugin = settings.get("fsdp_plugin")
+    args = SimpleNamespace(  # what TrainingArguments would say
+        world_size=state.num_processes,
+        process_index=state.process_index,
+        device=state.device,
+        fsdp_plugin_args=None if plugin is None else {"fsdp_version": plugin.fsdp_version},
+        parallelism_config=settings.get("parallelism_config"),
+        deepspeed=settings.get("deepspeed_plugin"),
+        accelerator_config=data,
+    )
+    layout = plan_layout(args, config)
+    if layout.num_replicas > 1:
+        read_everywhere(data)
+    accelerator = Accelerator(**replica_accelerator_args({**settings, "dataloader_config": data}, args, layout))
+    check_accelerator(accelerator, layout)
+    accelerator.edit_layout = layout
+    return accelerator
+
+
+def layout_of(accelerator: Accelerator, config: EDiTConfig) -> Layout:
+    """The layout of an accelerator that `make_accelerator` has made.
+
+    Raises:
+        ValueError: it was made otherwise, or for another number of replicas.
+    """
+    layout = getattr(accelerator, "edit_layout", None)
+    if layout is None:
+        raise ValueError(
+            "This Accelerator does not know of replicas. Write `accelerator = EDiT.accelerator(edit_config, ...)` in "
+            "the place of `Accelerator(...)`."
+        )
+    if config.num_replicas not in (None, layout.num_replicas):
+        raise ValueError(
+            f"num_replicas={config.num_replicas}, but the Accelerator was made for {layout}. Give EDiT.accelerator and "
+            "EDiT the same edit_config."
+        )
+    return layout
+
+
+def of_nested(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    """`function` for tensors in lists, tuples and dicts, too, as Accelerate's own collectives take them."""
+    return partial(recursively_apply, function)
+
+
+def read_everywhere(config: DataLoaderConfiguration) -> None:
+    """Every process reads the data itself; Accelerate would let process 0 send every batch of a stream to all."""
+    if config.dispatch_batches and PartialState().is_main_process:
+        logger.warning("EDiT: dispatch_batches=True is turned off: every process reads its own part of the data.")
+    config.dispatch_batches = False
+
+
+def keep_loader_local(accelerator: Accelerator) -> None:
+    """No epoch of a prepared loader begins with a broadcast."""
+    # Private in Accelerate 1.15, which names no public way to the loaders it has prepared; tests/launch counts bytes.
+    for loader in accelerator._dataloaders:
+        equalise_sampler_once(loader)
+
+
+def equalise_sampler_once(loader: Any) -> None:
+    """Accelerate would broadcast the sampler's generator at the start of every epoch. Equal once, they stay so."""
+    generator = getattr(loader, "synchronized_generator", None)
+    if generator is not None and loader.rng_types:
+        synchronize_rng_states(loader.rng_types, generator)
+        loader.rng_types = []
+
+
+def _check_launcher(args: Any) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(
+            f"The launcher started {launched} processes (WORLD_SIZE={launched}), but Accelerate sees "
+            f"{args.world_size}: each process would train alone. On CPU, set ACCELERATE_USE_CPU=true or "
+            "TrainingArguments(use_cpu=True); on GPUs, check that every process sees its own."
+        )
+
+
+def _refuse_unsupported(args: Any, model: Any) -> None:
+    if args.deepspeed or _flag("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("EDiT shards replicas with FSDP2, but DeepSpeed is on. Turn DeepSpeed off and set fsdp=True.")
+    if _flag("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError("EDiT shards replicas with FSDP2, but Megatron-LM is on. Turn it off and set fsdp=True.")
+    if wants_fsdp(args):
+        version = _fsdp_version(args)
+        if version != 2:
+            raise ValueError(
+                f"fsdp_version={version}: EDiT needs FSDP2. Set fsdp_version: 2 in the Accelerate config file, or "
+                "fsdp_config={'version': 2} in TrainingArguments."
+            )
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "The model was sharded when it was loaded (DistributedConfig), so replicas cannot be formed any more. Load "
+            "it without distributed_config; EDiTTrainer shards it."
+        )
+
+
+def _fsdp_version(args: Any) -> int:
+    return (args.fsdp_plugin_args or {}).get("fsdp_version") or int(os.environ.get("FSDP_VERSION", "1"))
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes", "on")

@@ -1,0 +1,240 @@
+"""The Trainer's checkpoints with several replicas: what the Trainer writes and reads, plus `edit/`.
+
+Also with one replica, where a checkpoint has `edit/`: runs may grow from one replica to several and shrink back.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+import hf_edit.checkpoint.state as checkpoint
+from hf_edit.checkpoint.manifest import (
+    MARK,
+    Manifest,
+    check_model,
+    checkpoints,
+    differences,
+    has_edit_state,
+    problem,
+    seal,
+    start,
+)
+from hf_edit.config import EDiTConfig
+from hf_edit.peers.layout import Layout
+from hf_edit.sync.engine import Engine
+from hf_edit.sync.units import reshard
+from hf_edit.trainer.accelerate_hook import full_state_dict, save_sharded, saves_sharded
+
+_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
+
+
+class EDiTCheckpointMark(TrainerCallback, ExportableState):
+    """Says in trainer_state.json that this step's checkpoint has an `edit/`: without it, it is not whole."""
+
+    def __init__(self, step: int = -1) -> None:
+        self.step = step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.stateful_callbacks.setdefault(MARK, {})  # the state of a plain Trainer's checkpoint has no place for it
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"step": self.step}, "attributes": {}}
+
+
+class TrainerCheckpoints(_TrainerToBe):
+    """The part of `EDiTMixin` that saves and resumes; peers, counts and equal replicas are the mixin's own."""
+
+    edit_config: EDiTConfig
+    edit_layout: Layout
+    _engine: Engine | None
+    _resumed: tuple[Path, Manifest] | None = None
+    _resumed_host: dict[str, Any]
+
+    # -- which one ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`. A checkpoint that is not whole is never resumed from.
+
+        Raises:
+            ValueError: the checkpoint that was named is not whole, or is of another model.
+        """
+        self._resumed = None
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _choose_checkpoint(self, asked: Any) -> Any:
+        named = None if asked is True else Path(asked)
+        found = checkpoints(Path(self.args.output_dir) if named is None else named.absolute().parent)
+        candidates = found[:1] if named is None else [named]
+        if self.edit_layout.num_replicas == 1 and not any(map(has_edit_state, candidates)):
+            return asked  # a plain Trainer's affair
+        problems = self._problems_on_all_ranks(found if named is None else [named, *found])
+        whole = next((path for path in found if problems[str(path)] is None), None)
+        if named is not None and problems[str(named)] is not None:
+            instead = f"The newest whole one is {whole}" if whole else "There is no whole one beside it"
+            raise ValueError(f"Cannot resume from {named}: {problems[str(named)]}. {instead}.")
+        chosen = named or whole
+        if chosen is None:
+            reasons = "; ".join(f"{path.name}: {problems[str(path)]}" for path in found[:4])
+            why = f": {reasons}" if reasons else ""
+            raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir}){why}")
+        for path in found[: found.index(chosen)] if named is None else []:
+            self._say_once(f"{path} is passed over ({problems[str(path)]}); resuming from {chosen}.")
+        if has_edit_state(chosen) and self.model is not None:
+            check_model(Manifest.read(chosen), self.model, chosen)
+        return str(chosen)
+
+    def _problems_on_all_ranks(self, paths: list[Path]) -> dict[str, str | None]:
+        """What keeps each checkpoint from being resumed on any rank; the ranks may see different disks."""
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 may still be at the end of what a training of this process has saved
+        mine = {str(path): problem(path) for path in paths}
+        everyone = [mine]
+        if dist.is_initialized():
+            everyone = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everyone, mine)
+        merged: dict[str, str | None] = {}
+        for rank, theirs in enumerate(everyone):
+            for path in {*mine, *theirs}:
+                trouble = theirs.get(path, f"rank {rank} does not see it")
+                merged[path] = merged.get(path) or trouble
+        return merged
+
+    # -- in -----------------------------------------------------------------------------------------------------------
+
+    def _replica_group(self) -> Any:
+        if self.edit_layout.num_replicas > 1:
+            return self._get_peers().replica_group
+        return dist.group.WORLD if dist.is_initialized() else None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Private in transformers 5.23, as are the underscored methods below; tests/launch resumes bit for bit.
+        folder = Path(resume_from_checkpoint)
+        if not has_edit_state(folder):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        check_model(Manifest.read(folder), model, folder)
+        checkpoint.load_model(folder, model, self._replica_group())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not has_edit_state(Path(checkpoint)):
+            if checkpoint is not None and self.edit_layout.num_replicas > 1:
+                self._say_once(f"{checkpoint} has no edit/: the outer state starts anew from its parameters.")
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        self._load_edit_state(Path(checkpoint))
+
+    def _load_edit_state(self, folder: Path) -> None:
+        manifest = Manifest.read(folder)
+        host = checkpoint.load_inner(
+            folder, manifest, self.edit_layout, self.model_wrapped, self.optimizer, self._replica_group()
+        )
+        self.lr_scheduler.load_state_dict(host["scheduler"])
+        self._resumed, self._resumed_host = (folder, manifest), host
+        self._say_what_was_mapped(manifest)
+
+    def _say_what_was_mapped(self, manifest: Manifest) -> None:
+        saved = Layout(manifest.num_replicas, manifest.replica_size, 0)
+        here = self.edit_layout
+        if (saved.num_replicas, saved.replica_size) != (here.num_replicas, here.replica_size):
+            pairs = ", ".join(f"{i} from {i % saved.num_replicas}" for i in range(here.num_replicas))
+            outer = "are cut anew" if here.num_replicas > 1 else "are not needed"
+            self._say_once(
+                f"the checkpoint is of {saved}, this run has {here}: anchor and outer momentum {outer}; inner "
+                f"optimizer and scheduler of replica {pairs}."
+            )
+        if here.num_replicas > 1 and (changed := differences(manifest, self.edit_config.to_dict())):
+            told = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
+            self._say_once(f"the checkpoint was trained with other settings; from here on the new ones hold: {told}.")
+
+    def _load_best_model(self) -> None:
+        reshard(self.model)  # the last evaluation may have left gathered copies, into which shards cannot be loaded
+        super()._load_best_model()
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self._resumed is None:
+            return super()._load_scaler(checkpoint)
+        if self.accelerator.scaler is not None and self._resumed_host["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(self._resumed_host["scaler"])
+
+    # -- out ----------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._engine is None:
+            return super()._save_checkpoint(model, trial)
+        self._make_replicas_equal("save")
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EDiTCheckpointMark):  # on_step_end would be too early: A-EDiT's step is agreed on
+                callback.step = self.state.global_step
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if not self.args.save_only_model:
+            if self._writes_shared():
+                start(folder)
+            dist.barrier()  # nobody writes into it before
+        super()._save_checkpoint(model, trial)
+
+    def _writes_shared(self) -> bool:
+        """True on the rank that makes and seals the folder: the world's first, or each host's with its own disk."""
+        return self.args.local_process_index == 0 if self.args.save_on_each_node else self.args.process_index == 0
+
+    def _writes_outer(self) -> bool:
+        """True on all ranks of the replica that `_writes_shared` is in."""
+        if self.args.save_on_each_node:
+            return self.args.local_process_index == self.edit_layout.shard
+        return self.edit_layout.replica == 0
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._engine is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        if saves_sharded(self.accelerator):
+            # The Trainer would have every replica write the same names, and mix their optimizer states.
+            if self.edit_layout.replica == 0:
+                save_sharded(self.model, self.optimizer, output_dir, self._replica_group())
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+        scaler = self.accelerator.scaler
+        host = {
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "rank": self._rank_state(),
+        }
+        self._engine.save(Path(output_dir), host, write_outer=self._writes_outer())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._engine is None:
+            return
+        dist.barrier()  # every rank has written its part
+        if self._writes_shared():
+            folder = Path(output_dir)
+            unseen = [i for i in range(self.edit_layout.num_replicas) if not (folder / f"edit/replica-{i}").is_dir()]
+            if unseen and not self.args.save_on_each_node:
+                self._say_once(
+                    f"{output_dir} lies on a disk of this host alone: replicas {unseen} have written their parts "
+                    "elsewhere, and this checkpoint cannot be resumed from. Put output_dir on a file system that all "
+                    "hosts share, or set save_on_each_node=True."
+                )
+            seal(folder, self._engine.manifest(self.state.global_step))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, on equal replicas.
+
+        With fsdp_state_dict_type SHARDED_STATE_DICT the Trainer would write nothing; here the whole model is gathered
+        on rank 0, except inside checkpoints, which hold it in shards.
+        """
+        self._make_replicas_equal("save_model")
+        if _internal_call or self.edit_layout.num_replicas == 1 or not saves_sharded(self.accelerator):
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, state_dict=full_state_dict(self.model))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

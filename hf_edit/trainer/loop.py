@@ -1,0 +1,231 @@
+"""EDiT for a hand-written Accelerate loop; the Trainer stands on the same engine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import hf_edit.checkpoint.state as checkpoint
+from hf_edit.checkpoint.manifest import Manifest, check_model, problem, seal, start
+from hf_edit.config import EDiTConfig
+from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.peers.layout import Layout
+from hf_edit.sync.engine import Engine
+from hf_edit.sync.units import is_prepared
+from hf_edit.telemetry.logs import sync_logs
+from hf_edit.trainer.accelerate_hook import keep_loader_local, layout_of, make_accelerator
+
+logger = logging.getLogger(__name__)
+
+
+class EDiT:
+    """Trains replicas alone and syncs them, in a loop of your own.
+
+        accelerator = EDiT.accelerator(edit_config)                     # in the place of Accelerator()
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        with EDiT(accelerator, model, optimizer, edit_config) as edit:
+            for batch in loader:
+                with accelerator.accumulate(model):
+                    loss = model(**batch).loss
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                edit.step(loss)
+
+    At the end of the `with` block all replicas are equal. Before an evaluation or a save in between, call `flush()`.
+    With one replica nothing happens.
+
+    Args:
+        accelerator: made by `EDiT.accelerator`.
+        model, optimizer: as `accelerator.prepare` returned them.
+        edit_config: an `EDiTConfig`, a dict, a path, or None, as for `EDiTTrainer`.
+
+    Raises:
+        ValueError: model or accelerator are not prepared for replicas; a setting that EDiT cannot train with.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, edit_config: Any = None) -> None:
+        self.config = EDiTConfig.load(edit_config)
+        self.layout: Layout = layout_of(accelerator, self.config)
+        self._accelerator = accelerator
+        self._model, self._optimizer = model, optimizer
+        self._engine: Engine | None = None
+        self._hook: Any = None
+        self._last_logs: list[dict[str, float]] = []
+        if accelerator.is_main_process:
+            plain = "" if self.layout.num_replicas > 1 else ": nothing to sync"
+            logger.warning("EDiT: %s%s.", self.layout, plain)
+        if self.layout.num_replicas == 1:
+            return
+        if not is_prepared(model):
+            raise ValueError(
+                f"The model is a plain {type(model).__name__}. Give EDiT what accelerator.prepare(model, optimizer) "
+                "returned."
+            )
+        keep_loader_local(accelerator)
+        self._peers = ProcessGroupPeers(self.layout, self.config.longest_wait_seconds)
+        self._start(first_step=0)
+        torch_optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._hook = torch_optimizer.register_step_pre_hook(lambda *_: self._before_optimizer_step())
+
+    @staticmethod
+    def accelerator(edit_config: Any = None, **settings: Any) -> Accelerator:
+        """An `Accelerator(**settings)` whose FSDP2 shards over the replica only, or DDP for replicas of one rank.
+
+        Every process reads its own part of the data. The launcher's configuration says how many processes there are,
+        and whether FSDP is on.
+
+        Raises:
+            ValueError: processes, replicas and FSDP do not fit together.
+        """
+        return make_accelerator(EDiTConfig.load(edit_config), settings)
+
+    def _start(self, first_step: int) -> Engine:
+        self._engine = Engine(self._model, self._optimizer, self.config, self._peers, first_step=first_step)
+        return self._engine
+
+    def _before_optimizer_step(self) -> None:
+        if self._engine is not None:
+            self._engine.before_optimizer_step()
+
+    def __enter__(self) -> EDiT:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._engine is None:
+            return
+        if kind is None:
+            self._engine.barrier()
+            self._last_logs = self.logs()
+        else:
+            self._engine.abandon()
+        self._engine.close()
+        self._hook.remove()
+        self._engine = None
+
+    def step(self, loss: Tensor | None = None, tokens: int = 0) -> None:
+        """To be called after each batch. A batch that only accumulates does not count.
+
+        Args:
+            loss: this batch's, for the logs; [] of any float dtype.
+            tokens: of this batch, for the logs.
+        """
+        if self._engine is None:
+            return
+        if loss is not None:
+            share = self._accelerator.gradient_accumulation_steps * self.layout.replica_size
+            self._engine.tally(loss=loss.detach().float() / share)
+        self._engine.tally(tokens=float(tokens))
+        if self._accelerator.sync_gradients:
+            self._engine.step(skipped=self._accelerator.optimizer_step_was_skipped)
+
+    def flush(self) -> None:
+        """Makes the replicas equal: syncs what was learnt since the last sync. To be called on all ranks.
+
+        With `sync_seconds` each replica comes to it in its own time, and waits for the others.
+        """
+        if self._engine is None:
+            return
+        if self._engine.by_time:
+            self._engine.barrier()
+        else:
+            self._engine.flush()
+
+    @property
+    def progress(self) -> float:
+        """Optimizer steps of all replicas / R; between two syncs an estimate. For the learning rate of A-EDiT."""
+        return 0.0 if self._engine is None else self._engine.progress.value
+
+    def logs(self) -> list[dict[str, float]]:
+        """The `edit/...` entries of each sync that has ended since the last call, for `accelerator.log`."""
+        if self._engine is not None:
+            return [sync_logs(record) for record in self._engine.take_records()]
+        found, self._last_logs = self._last_logs, []  # of the sync that ended the `with` block
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Anchor, outer momentum and detectors by name, sharded like the model and sharing memory, and the counters.
+
+        Reading it changes nothing. With torch.distributed.checkpoint it can be saved as it is and loaded in place.
+        Parameters and inner optimizer are yours to save, for each replica; `save` does all of it.
+
+        Raises:
+            RuntimeError: a sync is under way, which is no part of it.
+        """
+        if self._engine is None:
+            return {}
+        if self._engine.sync.pending:
+            raise RuntimeError("A sync is under way; what it brings is not in the state yet. flush() first.")
+        return {**checkpoint.outer_tensors(self._engine.sync), "counters": self._engine.counters()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave, on the same layout. A sync that is under way is given up."""
+        if self._engine is None:
+            return
+        self._engine.abandon()
+        self._engine.go_on_at(int(state["counters"]["step"]))
+        mine = checkpoint.outer_tensors(self._engine.sync)
+        missing = set(mine) ^ (set(state) - {"counters"})
+        if missing:
+            raise ValueError(f"The state is of another model or method; only one side has: {sorted(missing)[:8]}.")
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])
+        self._engine.load_counters(state["counters"])
+
+    def save(self, folder: str | Path, **stateful: Any) -> None:
+        """Writes model, inner optimizer and outer state of all replicas, after a `flush()`. Called on all ranks.
+
+        Args:
+            folder: on a file system that all hosts share.
+            stateful: more to keep for each replica, such as `scheduler=scheduler`.
+        """
+        folder = Path(folder)
+        if self._engine is None:
+            self._accelerator.save_state(str(folder))
+            return
+        self.flush()
+        if self._accelerator.is_main_process:
+            start(folder)
+        dist.barrier()
+        engine = self._engine
+        host = {
+            "rank": {"own_steps": engine.schedule.step},
+            **{name: thing.state_dict() for name, thing in stateful.items()},
+        }
+        engine.save(folder, host, write_outer=self.layout.replica == 0)
+        dist.barrier()
+        if self._accelerator.is_main_process:
+            seal(folder, engine.manifest(round(engine.progress.value) if engine.by_time else engine.schedule.step))
+        dist.barrier()
+
+    def load(self, folder: str | Path, **stateful: Any) -> int:
+        """Takes what `save` wrote, also by another number of replicas and shards; the optimizer steps taken until then
+        by this replica (with `sync_seconds` and another layout: by all replicas / R).
+
+        Raises:
+            ValueError: the folder is not whole, or of another model.
+        """
+        folder = Path(folder)
+        if self._engine is None:
+            self._accelerator.load_state(str(folder))
+            return 0
+        if (trouble := problem(folder, trainer=False)) is not None:
+            raise ValueError(f"Cannot continue from {folder}: {trouble}.")
+        manifest = Manifest.read(folder)
+        check_model(manifest, self._model, folder)
+        group = self._peers.replica_group
+        checkpoint.load_model(folder, self._model, group)
+        host = checkpoint.load_inner(folder, manifest, self.layout, self._model, self._optimizer, group)
+        for name, thing in stateful.items():
+            thing.load_state_dict(host[name])
+        self._engine.abandon()  # a sync that was under way belongs to what is given up
+        own_steps: int = manifest.step if host["rank"] is None else host["rank"]["own_steps"]
+        self._start(own_steps).load(folder, manifest)
+        if host["rank"] is not None:
+            self._engine.load_rank(host["rank"])
+        return own_steps

@@ -1,0 +1,118 @@
+"""What a sync holds beside the replica's own memory: anchor and momentum, and for a while the units in flight."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode  # private in torch 2.13; every case fails when it moves
+from torch.utils._pytree import tree_leaves
+
+from hf_edit import EDiTConfig
+from hf_edit.peers.group import Pending
+from hf_edit.sync.background import Scratch, at_once
+from hf_edit.sync.unit_sync import OuterSync
+from hf_edit.sync.units import Unit
+
+UNIT_BYTES = 4 * 8 * 1024
+NUM_UNITS = 6
+
+
+class Alone:
+    """`Peers` of a single replica: nothing comes from elsewhere."""
+
+    num_replicas = 1
+    replica = 0
+    bytes_sent = 0
+
+    def gather(self, vector: Tensor) -> Callable[[], Tensor]:
+        return lambda: vector[None]
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> Pending:
+        return self
+
+    def wait(self) -> None: ...
+
+    def commit(self, sync: int) -> bool:
+        return True
+
+
+class Memory(TorchDispatchMode):
+    """The bytes of all tensors that were made inside the `with` block and still live, and their highest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in before | self.live.keys():
+                self.live[key] = leaf.untyped_storage().nbytes()
+                weakref.finalize(leaf.untyped_storage(), self.live.pop, key, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+def make_sync(**settings: Any) -> tuple[OuterSync, list[torch.nn.Linear]]:
+    modules = [torch.nn.Linear(128, 64, bias=False) for _ in range(NUM_UNITS)]
+    units = [Unit(str(i), [m], ["weight"], list(m.parameters())) for i, m in enumerate(modules)]
+    assert all(part.nbytes == UNIT_BYTES for unit in units for part in unit.parts())
+    return OuterSync(units, Alone(), lambda tensor: tensor, EDiTConfig(**settings), runner=at_once), modules
+
+
+@pytest.mark.parametrize("overlap", ["none", "forward"])
+@pytest.mark.parametrize("units_in_flight", [1, 2, 4])
+def test_a_sync_holds_the_units_in_flight_and_no_more(overlap: Any, units_in_flight: int) -> None:
+    sync, modules = make_sync(overlap=overlap, units_in_flight=units_in_flight)
+    with Memory() as memory:
+        sync.take_anchors()
+    assert sum(memory.live.values()) == 2 * NUM_UNITS * UNIT_BYTES, "anchor and momentum"
+    before = [module.weight.detach().clone() for module in modules]
+    for module in modules:
+        module.weight.data.add_(0.01)
+    with Memory() as memory, torch.no_grad():
+        sync.begin({"inner_steps": 1.0})
+        if overlap == "forward":
+            sync.apply_in_forward()
+            for module in modules:
+                module(torch.zeros(1, 128))
+        else:
+            sync.finish()
+    assert not sync.pending
+    small = UNIT_BYTES // 4  # norms and the like
+    assert (units_in_flight - 0.5) * UNIT_BYTES < memory.peak < units_in_flight * UNIT_BYTES + small
+    assert sum(memory.live.values()) < small, "all of it is gone"
+    assert all(module.weight.sub(was).abs().max() > 1e-3 for module, was in zip(modules, before, strict=True))
+
+
+def test_delayed_syncs_use_the_same_host_memory_again() -> None:
+    sync, modules = make_sync(overlap="delayed", delay_steps=1)
+    sync.take_anchors()
+    held = []
+    for _ in range(4):
+        for module in modules:
+            module.weight.data.add_(0.01)
+        with Memory() as memory, torch.no_grad():
+            sync.begin({"inner_steps": 1.0}, beside=True)
+            sync.finish(went_on=True)
+        held.append(sum(memory.live.values()) // UNIT_BYTES)
+        assert memory.peak < (2 * NUM_UNITS + 1) * UNIT_BYTES
+    assert held == [2 * NUM_UNITS, 0, 0, 0], "its pseudo-gradients and the averages, made once"
+
+
+def test_host_memory_is_used_again_for_its_own_kind_alone() -> None:
+    scratch = Scratch(torch.device("cpu"))
+    given = torch.zeros(16)
+    scratch.give(given)
+    packed = scratch.take(torch.zeros(16, dtype=torch.float64))
+    assert packed.dtype == torch.float64
+    assert scratch.take(torch.zeros(8)).numel() == 8
+    assert scratch.take(torch.zeros(16)) is given
+    assert scratch.take(torch.zeros(16)) is not given
