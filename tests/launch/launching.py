@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "accelerate_configs"
+SCRIPTS = ROOT / "tests" / "launch" / "scripts"
 
 
 def free_port() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import accelerate_launch
+from tests.launch.launching import SCRIPTS, accelerate_launch
 
 SCENARIOS = [
     "a_slow_replica_keeps_nobody",
@@ -21,7 +21,7 @@ SCENARIOS = [
 ]
 
 
-SCRIPT = Path(__file__).with_name("by_time.py")
+SCRIPT = SCRIPTS / "by_time.py"
 
 
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])

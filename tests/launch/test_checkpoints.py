@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import accelerate_launch, run, torchrun
+from tests.launch.launching import SCRIPTS, accelerate_launch, run, torchrun
 
-HERE = Path(__file__).parent
 SCENARIOS = [
     "resumed_runs_are_bit_for_bit",
     "a_checkpoint_that_is_not_whole_is_passed_over",
@@ -25,14 +24,14 @@ SCENARIOS = [
     ("config", "also"), [("cpu_2x2.yaml", "sharded_checkpoints"), ("cpu_4x1.yaml", "plain_trainers_checkpoints")]
 )
 def test_the_scenarios_pass(config: str, also: str, tmp_path: Path) -> None:
-    output = accelerate_launch(config, HERE / "checkpoints.py", str(tmp_path), *SCENARIOS, also)
+    output = accelerate_launch(config, SCRIPTS / "checkpoints.py", str(tmp_path), *SCENARIOS, also)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert list(results) == [*SCENARIOS, also], output
 
 
 def test_other_numbers_of_replicas_and_shards(tmp_path: Path) -> None:
     """2x2 to 4x1, 1x4, 2x1 and back: everything is where it was, and the loss goes on falling."""
-    script = HERE / "resizing.py"
+    script = SCRIPTS / "resizing.py"
     output = torchrun(4, script, str(tmp_path), "a:2:", "b:4:a", "c:2:b", "d:1:c", "e:2:d")
     output += torchrun(2, script, str(tmp_path), "f:2:a")
     output += torchrun(4, script, str(tmp_path), "g:2:f")
@@ -42,6 +41,6 @@ def test_other_numbers_of_replicas_and_shards(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_leaves_is_never_taken_for_whole(tmp_path: Path) -> None:
-    """Twenty kills at random moments; `python -m tests.launch.killing FOLDER SEED KILLS` repeats it otherwise."""
-    output = run([str(HERE / "killing.py"), str(tmp_path), "1", "20"], timeout=480, environment={})
+    """Twenty kills at random moments; `python -m tests.launch.scripts.killing FOLDER SEED KILLS` repeats it."""
+    output = run([str(SCRIPTS / "killing.py"), str(tmp_path), "1", "20"], timeout=480, environment={})
     assert "passed: 20 kills" in output

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import accelerate_launch
+from tests.launch.launching import SCRIPTS, accelerate_launch
 
 SCENARIOS = [
     "features_agree_with_the_plain_trainer",
@@ -22,7 +22,7 @@ SCENARIOS = [
 
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
 def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("features.py")
+    script = SCRIPTS / "features.py"
     output = accelerate_launch(config, script, str(tmp_path), *SCENARIOS)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert list(results) == SCENARIOS, output

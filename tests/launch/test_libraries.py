@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import accelerate_launch
+from tests.launch.launching import SCRIPTS, accelerate_launch
 
 SCENARIOS = ["only_adapters_cross_and_are_saved", "supervised_fine_tuning_with_trl", "sequence_to_sequence"]
 
@@ -16,5 +16,5 @@ SCENARIOS = ["only_adapters_cross_and_are_saved", "supervised_fine_tuning_with_t
 def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     pytest.importorskip("peft")
-    output = accelerate_launch(config, Path(__file__).with_name("libraries.py"), str(tmp_path), *SCENARIOS)
+    output = accelerate_launch(config, SCRIPTS / "libraries.py", str(tmp_path), *SCENARIOS)
     assert list(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))) == SCENARIOS, output

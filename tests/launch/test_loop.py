@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import accelerate_launch
+from tests.launch.launching import SCRIPTS, accelerate_launch
 
 SCENARIOS = [
     "a_loop_is_the_simulation",
@@ -22,5 +22,5 @@ SCENARIOS = [
 
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
 def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
-    output = accelerate_launch(config, Path(__file__).with_name("looping.py"), str(tmp_path), *SCENARIOS)
+    output = accelerate_launch(config, SCRIPTS / "looping.py", str(tmp_path), *SCENARIOS)
     assert list(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))) == SCENARIOS, output

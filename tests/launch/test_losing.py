@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import ROOT, free_port
+from tests.launch.launching import ROOT, SCRIPTS, free_port
 
-SCRIPT = Path(__file__).with_name("losing.py")
+SCRIPT = SCRIPTS / "losing.py"
 
 
 @pytest.mark.parametrize("how", ["killed", "stuck"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch.launching import run, torchrun
+from tests.launch.launching import SCRIPTS, run, torchrun
 
 PROMISED = {
     "fewer ranks than replicas": ["num_replicas=4, but only 2 process(es) take part", "Launch at least 4 processes"],
@@ -26,7 +26,7 @@ PROMISED = {
 
 
 def test_the_texts(tmp_path: Path) -> None:
-    torchrun(2, Path(__file__).with_name("refusals.py"), str(tmp_path))
+    torchrun(2, SCRIPTS / "refusals.py", str(tmp_path))
     texts = json.loads((tmp_path / "texts.json").read_text(encoding="utf-8"))
     assert set(texts) == set(PROMISED)
     for name, promises in PROMISED.items():
@@ -37,12 +37,12 @@ def test_the_texts(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator the processes find each other")
 def test_lone_processes_are_refused(tmp_path: Path) -> None:
     """The launcher starts two processes, but nothing tells Accelerate to use the CPU: each would train alone."""
-    output = torchrun(2, Path(__file__).with_name("alone.py"), str(tmp_path), ACCELERATE_USE_CPU="false")
+    output = torchrun(2, SCRIPTS / "alone.py", str(tmp_path), ACCELERATE_USE_CPU="false")
     assert output.count("refused: The launcher started 2 processes (WORLD_SIZE=2), but Accelerate sees 1") == 2
     assert output.count("TrainingArguments(use_cpu=True)") == 2
 
 
 def test_one_process_is_a_plain_trainer_and_says_so(tmp_path: Path) -> None:
-    output = run([str(Path(__file__).with_name("alone.py")), str(tmp_path)], 120, {"ACCELERATE_USE_CPU": "true"})
+    output = run([str(SCRIPTS / "alone.py"), str(tmp_path)], 120, {"ACCELERATE_USE_CPU": "true"})
     assert output.count("EDiT: one replica, so this is a plain Trainer") == 1
     assert "callbacks of hf_edit: []" in output

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import CONFIGS, accelerate_launch, torchrun
+from tests.launch.launching import CONFIGS, SCRIPTS, accelerate_launch, torchrun
 
-SCRIPT = Path(__file__).with_name("scenarios.py")
+SCRIPT = SCRIPTS / "scenarios.py"
 SCENARIOS = [
     "simulation_adamw",
     "gradients_are_clipped_in_the_replica",
@@ -55,7 +55,7 @@ def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
 
 def test_fsdp_from_training_arguments(tmp_path: Path) -> None:
     """The same without an Accelerate config file: FSDP2 asked for in TrainingArguments, replicas in EDiTConfig."""
-    output = torchrun(4, Path(__file__).with_name("from_arguments.py"), str(tmp_path))
+    output = torchrun(4, SCRIPTS / "from_arguments.py", str(tmp_path))
     assert "passed: 2x2 and 4x1" in output
 
 

@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, LlamaConfig, LlamaForCausalLM, T
 
 from hf_edit import EDiTConfig, EDiTTrainer
 from hf_edit.checkpoint.state import outer_tensors
-from tests.launch.scenarios import FOLDER, VOCABULARY, main, make_args, make_rows
+from tests.launch.scripts.scenarios import FOLDER, VOCABULARY, main, make_args, make_rows
 
 STEPS = 12
 

@@ -15,7 +15,7 @@ from transformers import default_data_collator
 
 from hf_edit import EDiT, EDiTConfig
 from hf_edit.sync.units import local_part, named_tensors
-from tests.launch.scenarios import BATCH, FOLDER, distance, expected, main, make_model, make_rows
+from tests.launch.scripts.scenarios import BATCH, FOLDER, distance, expected, main, make_model, make_rows
 
 
 class Loop:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from accelerate import ParallelismConfig
 
-from tests.launch.scenarios import (
+from tests.launch.scripts.scenarios import (
     EDiTConfig,
     EDiTTrainer,
     FSDPModule,

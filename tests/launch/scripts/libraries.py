@@ -22,8 +22,8 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_edit import EDiTConfig, EDiTMixin
 from hf_edit.sync.units import named_tensors
-from tests.launch.features import assert_replicas_equal, losses, run
-from tests.launch.scenarios import FOLDER, LENGTH, VOCABULARY, main, make_args, make_model, parameters
+from tests.launch.scripts.features import assert_replicas_equal, losses, run
+from tests.launch.scripts.scenarios import FOLDER, LENGTH, VOCABULARY, main, make_args, make_model, parameters
 
 LORA = dict(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
 

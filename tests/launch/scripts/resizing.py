@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from hf_edit import EDiTConfig, EDiTTrainer
 from hf_edit.checkpoint.state import outer_tensors
 from hf_edit.sync.units import named_tensors
-from tests.launch.checkpoints import make_model
-from tests.launch.scenarios import FOLDER, LENGTH, VOCABULARY, make_args
+from tests.launch.scripts.checkpoints import make_model
+from tests.launch.scripts.scenarios import FOLDER, LENGTH, VOCABULARY, make_args
 
 FSDP = dict(fsdp=True, fsdp_config={"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_edit import EDiTConfig, EDiTTrainer
 from hf_edit.sync.units import is_compiled, local_part, named_tensors
-from tests.launch.scenarios import FOLDER, VOCABULARY, main, make_args, make_model, make_rows, parameters
+from tests.launch.scripts.scenarios import FOLDER, VOCABULARY, main, make_args, make_model, make_rows, parameters
 
 ONE_BIG_BATCH = dict(sync_interval=1, outer_optimizer="none", weighting="uniform", max_pseudo_grad_norm=None)
 STEPS = 6
