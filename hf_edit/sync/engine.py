@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import hf_edit.checkpoint.state as checkpoint
 from hf_edit.checkpoint.manifest import Manifest, trained_parameters
 from hf_edit.config import EDiTConfig
+from hf_edit.method.conductor import REQUESTS
 from hf_edit.method.plan import SyncRecord
 from hf_edit.method.schedule import GlobalProgress, SyncSchedule
 from hf_edit.peers.group import ProcessGroupPeers
@@ -31,7 +32,6 @@ from hf_edit.sync.units import find_units, is_compiled, keep_gradients_local, re
 TALLIES = ("loss", "tokens", "input_tokens", "flos")
 # A replica whose training has ended waits for that many of its own intervals until all others come to their next sync.
 PATIENCE_INTERVALS = 10
-REQUESTS = ("evaluate", "save", "stop", "epoch_stop")  # needing equal replicas, and the same decision on every rank
 
 
 class Engine:

@@ -1,128 +1,209 @@
-"""What needs equal replicas (evaluation, saving, stopping), and when: the same on all ranks, at the same point.
+"""What needs equal replicas (evaluation, saving, stopping): asked for by callbacks, done by all ranks together.
 
-All ranks come to know what any of them wants where replicas meet: where a sync has begun, or with overlap="delayed"
-where it is applied. Nothing is asked of other replicas between two such points.
+The Trainer sees no flag that has not been decided (`hf_edit.method.conductor` says how that is done).
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_edit.config import EDiTConfig
+from hf_edit.method.conductor import Conductor, Move, Point
 from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.logs import EDiTStats
-from hf_edit.trainer.progress import FLAGS
+from hf_edit.trainer.progress import FLAGS, GlobalSteps
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
 
+class JointJITCheckpoint(JITCheckpointCallback):
+    """transformers' (5.24) saves on SIGTERM, on the rank that got it, at once; here it is decided with the others."""
+
+    @property
+    def requested(self) -> bool:
+        return self.jit_manager is not None and self.jit_manager.is_checkpoint_requested
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is saved here, nor in the events below."""
+
+    on_pre_optimizer_step = on_step_end = on_epoch_end = on_step_begin
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_end(*args, **kwargs)
+        if self.jit_manager is not None:
+            self.jit_manager.is_checkpoint_requested = False
+
+
 class TrainerDecisions(_TrainerToBe):
-    """The part of `EDiTMixin` that decides together with the other ranks; steps and progress are other parts'."""
+    """The part of `EDiTMixin` that carries out what the conductor says."""
 
     edit_config: EDiTConfig
     edit_stats: EDiTStats
     _engine: Engine | None
-    _postponed: set[str]
-    _agreed: set[str] | None
-    _counted_steps: int
+    _conductor: Conductor
+    _steps: GlobalSteps
+    _jit: JointJITCheckpoint | None = None
 
-    def _decide_with_the_others(self) -> bool:
-        """Counts the step, and does what any rank wants done on equal replicas, on all of them at the same step.
+    def _save_together_on_sigterm(self) -> None:
+        """To be called once the Trainer has its callbacks."""
+        alone = self.pop_callback(JITCheckpointCallback)
+        if alone is not None:
+            alone.on_train_end(self.args, self.state, self.control)  # gives the signal back
+            self._jit = JointJITCheckpoint()
+            self._jit.set_trainer(self)
+            self.add_callback(self._jit)
 
-        A callback may want something on one rank alone (its replica's loss differs from the others'), so what is wanted
-        between two syncs rides on the next one. In warm-up all ranks see the same and want the same. True if anything
-        is done.
-        """
-        engine = self._engine
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, epoch: float, ignore_keys_for_eval: Any,
+        start_time: float, learning_rate: float | None = None,
+    ) -> None:  # fmt: skip
+        # Private in transformers 5.24, called behind every step and epoch; tests/launch fails when it moves.
+        carry_out = partial(
+            super()._maybe_log_save_evaluate, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time,
+            learning_rate=learning_rate,
+        )  # fmt: skip
+        if self._engine is None:
+            return carry_out()
+        stepped = self._steps.take_new()
+        self._log_step(tr_loss, grad_norm, start_time, learning_rate, stepped)
+        decided = False
+        for what in self._decide_together(stepped):
+            self._log_syncs()
+            self._collect_requests()  # of callbacks that heard of the sync
+            for request, flag in FLAGS.items():
+                setattr(self.control, flag, request in what)
+            carry_out()
+            self._collect_requests()
+            decided = True
+        self._log_syncs()
+        self._collect_requests()
+        if decided and self._engine is not None:
+            self._engine.schedule.rest_timer()
+        elif not decided:
+            carry_out()
+        self.control.should_training_stop = self._conductor.stopping
+        self.control.should_epoch_stop = self._conductor.cutting
+
+    def _collect_requests(self) -> None:
+        """What callbacks have asked for since the last time; the flags are taken back until it is decided."""
+        self._conductor.request({request for request, flag in FLAGS.items() if getattr(self.control, flag)})
+        for flag in FLAGS.values():
+            setattr(self.control, flag, False)
+
+    def _decide_together(self, stepped: bool) -> Iterator[frozenset[str]]:
+        """Counts the step, and yields what all ranks now do, at the same step."""
+        engine, conductor, steps = self._engine, self._conductor, self._steps
         assert engine is not None
-        self._postponed |= self._take_requests()
-        warming_up = engine.warming_up
-        stepped = self._count_step()
-        agreed, self._agreed = self._agreed, None
-        agreed = self._with_progress((agreed or set()) if warming_up else agreed)
-        leaving = not agreed and self._others_may_wait()
-        if leaving:
-            self._left = True
-            agreed = self._with_progress(engine.drain())
-            if not agreed:
-                agreed = self._with_progress(engine.leave(self._postponed))
-        elif self._is_last() and not engine.replicas_equal:
-            agreed = (engine.flush(self._postponed) or set()) | (agreed or set())
-        if warming_up:
-            agreed = (agreed or set()) | self._postponed
-        elif agreed is None and self._epoch_ends_at_a_sync(stepped):
-            agreed = engine.agree(self._postponed)
-        elif agreed is None and self._stopping:
-            agreed = {"stop"}  # decided before; this is the end of the epoch that was broken off
-        if agreed is None:
+        self._collect_requests()
+        urgent = self._must_save_now()
+        warm_up = stepped and steps.warm_up
+
+        def here() -> Point:
+            return Point(
+                epoch_ended=not stepped,
+                warm_up=warm_up,
+                lockstep=steps.lockstep and self._jit is None,  # one that must save now comes to its own syncs
+                equal=engine.replicas_equal,
+                pending=engine.sync.pending,
+                last=self.state.global_step >= self.state.max_steps or conductor.stopping or steps.out_of_data,
+                out_of_data=steps.out_of_data,
+                urgent=urgent,
+            )
+
+        conductor.arrive(here())
+        if urgent:
+            conductor.request({"save", "stop"})
+        self._count_step()
+        while (move := conductor.next(here())).name != "go on":
+            if move.name == "act":
+                if not steps.by_time:  # one whose data ended goes with the others: one step, one checkpoint's name
+                    self.state.global_step += round(engine.progress.behind)
+                yield move.what
+            else:
+                self._hear(self._converse(move), by_progress=move.name in ("drain", "leave"))
+        if conductor.requests:
             self._say_what_moves()
-            return False
-        self._postponed -= agreed
-        if agreed:  # with a delayed sync, replicas are not equal where it is applied
-            agreed |= engine.flush(self._postponed, leaving=leaving) or set()
-            self._postponed -= agreed
-            if not self._by_time:  # one whose data ended goes with the others: one step, one checkpoint's name
-                self.state.global_step += round(engine.progress.behind)
-        for request, flag in FLAGS.items():
-            setattr(self.control, flag, request in agreed)
-        return bool(agreed)
 
-    def _with_progress(self, agreed: set[str] | None) -> set[str] | None:
-        """What any rank wanted at a sync, and with A-EDiT what falls due by the steps that they told each other."""
-        return agreed | self._agree_on_step() if self._by_time and agreed is not None else agreed
-
-    def _say_what_moves(self) -> None:
-        if self._postponed:
-            hint = " Make eval_steps and save_steps multiples of sync_interval to keep them where they are."
-            if self._by_time:
-                hint = ""
-            elif self.edit_config.overlap == "delayed":
-                hint = f" A delayed one is applied delay_steps={self.edit_config.delay_steps} steps after it begins."
-            what = ", ".join(sorted(self._postponed))
-            self._say_once(f"what falls between two syncs ({what}) moves to the next sync.{hint}")
-
-    def _epoch_ends_at_a_sync(self, stepped: bool) -> bool:
-        engine = self._engine
+    def _converse(self, move: Move) -> set[str] | None:
+        engine, requests = self._engine, self._conductor.requests
         assert engine is not None
-        return self._steps_are_equal and not stepped and (engine.replicas_equal or engine.sync.pending)
+        if move.name == "agree":
+            return engine.agree(requests)
+        if move.name == "drain":
+            return engine.drain()
+        if move.name == "leave":
+            return engine.leave(requests)
+        return engine.flush(requests, leaving=move.leaving)
 
-    @property
-    def _steps_are_equal(self) -> bool:
-        """True if all replicas are known to come to the same steps and epochs' ends."""
-        return self._data_is_sized and not self._by_time
+    def _hear(self, requests: set[str] | None, by_progress: bool = False) -> None:
+        """What any rank asked for, and with A-EDiT what falls due by the steps that they told each other."""
+        if requests is not None and by_progress and self._steps.by_time:
+            assert self._engine is not None
+            requests = requests | self._steps.agree(self.args, self.state, self._engine.progress)
+        self._conductor.hear(requests)
 
-    def _others_may_wait(self) -> bool:
-        """True if this replica's training ends where the others' may not, and it has not told them."""
+    def _count_step(self) -> None:
+        """Tells the engine of a step that it has not heard of, and hears of a sync behind it."""
         assert self._engine is not None
-        if not self._is_last() or self._left or self._steps_are_equal or self._engine.warming_up:
-            return False
-        return self._ran_dry() or (not self._by_time and not self._stopping)
-
-    def _count_step(self) -> bool:
-        """Tells the engine of a step that it has not heard of; False if there is none."""
-        assert self._engine is not None
-        if self._own_steps == self._counted_steps:
-            return False
-        self._counted_steps = self._own_steps
+        if not self._steps.uncounted:
+            return
+        self._steps.uncounted = False
         skipped = self.accelerator.optimizer_step_was_skipped
         if not self._engine.warming_up:
             self.edit_stats.inner_steps += not skipped
-            self.edit_stats.hsdp_bytes += self._gradient_bytes
-        self._agreed = self._engine.step(self._postponed, skipped)
-        return True
+        self._hear(self._engine.step(self._conductor.requests, skipped), by_progress=True)
 
-    def _take_requests(self) -> set[str]:
-        requests = {request for request, flag in FLAGS.items() if getattr(self.control, flag)}
-        for flag in FLAGS.values():
-            setattr(self.control, flag, False)
-        return requests
+    def _must_save_now(self) -> bool:
+        """True if the machine of any rank of this replica is to be taken away."""
+        if self._jit is None or self._engine is None:
+            return False
+        count = torch.tensor(float(self._jit.requested), device=self.args.device)
+        return float(self._engine.peers.sum_in_replica(count)) > 0
 
-    def _is_last(self) -> bool:
-        """True if no step follows."""
-        return self.state.global_step >= self.state.max_steps or self._stopping or self._ran_dry()
+    def _say_what_moves(self) -> None:
+        hint = " Make eval_steps and save_steps multiples of sync_interval to keep them where they are."
+        if self._steps.by_time:
+            hint = ""
+        elif self.edit_config.overlap == "delayed":
+            hint = f" A delayed one is applied delay_steps={self.edit_config.delay_steps} steps after it begins."
+        what = ", ".join(sorted(self._conductor.requests))
+        self._say_once(f"what falls between two syncs ({what}) moves to the next sync.{hint}")
 
-    def _ran_dry(self) -> bool:
-        """True if an epoch has ended without a step: this rank's data are used up, and the Trainer asks for the end."""
-        return self._epoch_began_at == self._own_steps
+    # -- called by the user, or by the Trainer when it carries out -----------------------------------------------------
+
+    @contextlib.contextmanager
+    def _flags_become_requests(self) -> Iterator[None]:
+        """What callbacks ask for inside is decided later, together; the flags are what they were."""
+        before = {flag: getattr(self.control, flag) for flag in FLAGS.values()}
+        yield
+        if self._engine is None:
+            return
+        asked = {request for request, flag in FLAGS.items() if getattr(self.control, flag) and not before[flag]}
+        self._conductor.request(asked)
+        for flag, value in {**before, "should_evaluate": False}.items():
+            setattr(self.control, flag, value)
+
+    def _make_replicas_equal(self, what: str) -> None:
+        engine = self._engine
+        if engine is None:
+            return
+        if self._steps.uncounted:  # called by a callback, before the step was counted
+            self._collect_requests()
+            self._count_step()
+        if self._steps.by_time and not engine.replicas_equal:
+            raise RuntimeError(
+                f"{what} was called between two syncs. With sync_seconds replicas take different numbers of steps, so "
+                "none can know at which of them the others call it. In a callback set control.should_evaluate or "
+                "control.should_save instead; it is done at the next sync, on all ranks."
+            )
+        if not engine.replicas_equal:
+            self._say_once(f"{what} was called between two syncs and brings the next one forward.")
+            self._hear(engine.flush(self._conductor.requests))

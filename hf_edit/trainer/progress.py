@@ -1,17 +1,18 @@
 """Where a training is whose replicas take different numbers of steps (A-EDiT).
 
 The Trainer's step count, epochs, learning-rate schedule and end follow the steps of all replicas / R: exact, and equal
-on all ranks, where the replicas meet and tell each other; between two meetings each goes by its own estimate. What
-falls due on the way is decided by the Trainer's own rules, once for every global step.
+on all ranks, where the replicas tell each other; in between each goes by its own estimate. What falls due on the way is
+decided by the Trainer's own rules, once for every global step.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import DefaultFlowCallback, Trainer, TrainerControl
+from transformers.trainer_utils import has_length
 
 from hf_edit.checkpoint.manifest import Manifest, has_edit_state
 from hf_edit.checkpoint.state import read_host
@@ -22,7 +23,7 @@ from hf_edit.sync.engine import Engine
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
-FLAGS = {  # the engine's REQUESTS and the Trainer's flags
+FLAGS = {  # the conductor's REQUESTS and the Trainer's flags
     "evaluate": "should_evaluate",
     "save": "should_save",
     "stop": "should_training_stop",
@@ -55,33 +56,116 @@ class FollowProgress:
         return getattr(self.scheduler, name)
 
 
+@dataclass
+class GlobalSteps:
+    """The steps of one training, as one rank counts them; all that the other parts of the Trainer know of it.
+
+    Args:
+        by_time: replicas take different numbers of steps.
+        lockstep: all replicas are known to come to the same steps and epochs' ends.
+        own: optimizer steps of this replica, since the training began and over all its resumptions.
+        flow: the Trainer's own rules of what is due at which step.
+    """
+
+    by_time: bool = False
+    lockstep: bool = True
+    own: int = 0
+    flow: DefaultFlowCallback | None = None
+    num_epochs: int = 0
+    steps_per_epoch: int = 1
+    uncounted: bool = False  # the engine has yet to hear of the last step
+    warm_up: bool = False  # the last step was a synchronous one
+    agreed: int = 0  # the global step at which all last told each other
+    logged: int = 0  # the global step up to which is logged what is due
+    _new: bool = False
+    _epoch_began_at: int = 0
+
+    @property
+    def out_of_data(self) -> bool:
+        """True if an epoch has ended without a step: this rank's data are used up, and the Trainer asks for the end."""
+        return self._epoch_began_at == self.own
+
+    def begin_epoch(self) -> None:
+        self._epoch_began_at = self.own
+
+    def take(self, warm_up: bool) -> None:
+        """An optimizer step was taken."""
+        self.own += 1
+        self.uncounted = self._new = True
+        self.warm_up = warm_up
+
+    def take_new(self) -> bool:
+        """True if a step was taken since the last call."""
+        new, self._new = self._new, False
+        return new
+
+    def estimate(self, state: Any, progress: GlobalProgress) -> int:
+        """The global step behind the step that was just taken, which `progress` has not been told of yet."""
+        return max(state.global_step, min(int(progress.value + progress.rate), state.max_steps - 1))
+
+    def agree(self, args: Any, state: Any, progress: GlobalProgress) -> set[str]:
+        """All replicas know of each other's steps: the global step becomes the same on all; what is due by it.
+
+        It may only depend on what they have told each other. `max_steps` is their mean; where a slow replica applies a
+        delayed sync before its `delay_steps`, the mean is less than that many steps below it.
+        """
+        before = self.agreed
+        if progress.at_apply >= state.max_steps:
+            state.global_step = state.max_steps
+        else:
+            furthest = int(max(progress.furthest, progress.at_apply))
+            state.global_step = max(before, min(furthest, state.max_steps - 1))
+        self.agreed = state.global_step
+        state.epoch = state.global_step / self.steps_per_epoch
+        due = self.due_in(args, state, before, state.global_step)
+        return {request for request, flag in FLAGS.items() if getattr(due, flag)}
+
+    def log_is_due(self, args: Any, state: Any, stepped: bool) -> bool:
+        """True if the Trainer's rules ask for a log here: the same on all ranks of a replica, unlike a flag."""
+        if not self.by_time:
+            rules, due = DefaultFlowCallback(), TrainerControl()
+            (rules.on_step_end if stepped else rules.on_epoch_end)(args, state, due)
+            return due.should_log
+        state.epoch = state.global_step / self.steps_per_epoch
+        due = self.due_in(args, state, self.logged, state.global_step)
+        self.logged = max(self.logged, state.global_step)
+        return due.should_log
+
+    def due_in(self, args: Any, state: Any, first: int, last: int) -> TrainerControl:
+        """What the Trainer's own rules ask for after the global steps first + 1 ... last."""
+        due = TrainerControl()
+        assert self.flow is not None
+        for step in range(first + 1, last + 1):
+            self.flow.on_step_end(args, replace(state, global_step=step), due)
+        if last // self.steps_per_epoch > first // self.steps_per_epoch:
+            self.flow.on_epoch_end(args, state, due)
+        return due
+
+
 class TrainerProgress(_TrainerToBe):
     """The part of `EDiTMixin` that follows the global progress."""
 
     edit_config: EDiTConfig
     edit_layout: Layout
     _engine: Engine | None
-    _resumed: tuple[Path, Manifest] | None
-    _resumed_host: dict[str, Any]
-    _flow: DefaultFlowCallback | None = None
-    _own_steps: int = 0  # optimizer steps of this replica, since the training began and over all its resumptions
-
-    @property
-    def _by_time(self) -> bool:
-        return self.edit_config.sync_seconds is not None and self.edit_layout.num_replicas > 1
+    _steps: GlobalSteps
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
         """As the Trainer's, but a fast replica may go through its data as often as all replicas together."""
         values = super().set_initial_training_values(args, dataloader)
-        if not self._by_time:
+        replicas = self.edit_layout.num_replicas
+        by_time = self.edit_config.sync_seconds is not None and replicas > 1
+        # A stream may end on one replica before it does on another, and then nobody can count on the others' steps.
+        sized = has_length(dataloader) and self.accelerator.even_batches
+        self._steps = GlobalSteps(by_time=by_time, lockstep=sized and not by_time)
+        if not by_time:
             return values
         epochs, steps_per_epoch, examples, samples, batch, batches_per_epoch, max_steps = values
-        self._num_epochs, self._steps_per_epoch = epochs, steps_per_epoch
-        replicas = self.edit_layout.num_replicas
-        if not self._data_is_sized:  # one epoch is all there is
+        self._steps.num_epochs, self._steps.steps_per_epoch = epochs, steps_per_epoch
+        if not has_length(dataloader):  # one epoch is all there is
             steps_per_epoch, batches_per_epoch = steps_per_epoch * replicas, batches_per_epoch * replicas
-        # What it does by its rules is done below for every global step, not for every step of this replica.
-        self._flow = self.pop_callback(DefaultFlowCallback) or self._flow
+        # What it does by its rules is done for every global step, not for every step of this replica.
+        self._steps.flow = self.pop_callback(DefaultFlowCallback) or DefaultFlowCallback()
         return epochs * replicas + 1, steps_per_epoch, examples, samples, batch, batches_per_epoch, max_steps
 
     def _init_training_state(
@@ -89,88 +173,57 @@ class TrainerProgress(_TrainerToBe):
         trial: Any,
     ) -> tuple[int, int]:  # fmt: skip
         # Private in transformers 5.23, which reads from the step count where in its data a resumed run goes on. Here
-        # that is another place for every replica. tests/launch/by_time.py fails when it moves.
+        # that is another place for every replica. tests/launch/scripts/by_time.py fails when it moves.
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        self._own_steps = self.state.global_step
+        if self.edit_layout.num_replicas > 1:
+            self._driver.stand_last()  # callbacks may have been restored from the checkpoint
+        self._steps.own = self.state.global_step
         if not resume_from_checkpoint or not has_edit_state(Path(resume_from_checkpoint)):
             return position
         folder = Path(resume_from_checkpoint)
         host = read_host(folder, Manifest.read(folder), self.edit_layout)
         if host["rank"] is None or self.edit_layout.num_replicas == 1:
             return position
-        self._own_steps = host["rank"]["own_steps"]
-        if not self._by_time or self.args.ignore_data_skip:
+        self._steps.own = host["rank"]["own_steps"]
+        if not self._steps.by_time or self.args.ignore_data_skip:
             return position
-        epochs, steps = divmod(self._own_steps, num_update_steps_per_epoch)
+        epochs, steps = divmod(self._steps.own, num_update_steps_per_epoch)
         return epochs, steps * self.args.gradient_accumulation_steps
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, standing at the global step with A-EDiT. One that follows a metric is left alone."""
         scheduler: Any = super().create_scheduler(*args, **kwargs)
-        if self._by_time and hasattr(scheduler, "last_epoch") and hasattr(scheduler, "base_lrs"):
+        by_time = self.edit_config.sync_seconds is not None and self.edit_layout.num_replicas > 1
+        if by_time and hasattr(scheduler, "last_epoch") and hasattr(scheduler, "base_lrs"):
             self.lr_scheduler = scheduler = FollowProgress(scheduler)
         return scheduler
 
-    def _start_progress(self) -> None:
-        """The engine is ready: the schedule follows it."""
+    def _start_progress(self, first: bool) -> None:
+        """The engine is ready: the schedule follows it. `first`: this rank has no progress of its own from before."""
         assert self._engine is not None
-        if not self._by_time:
+        steps = self._steps
+        steps.begin_epoch()
+        steps.agreed = steps.logged = self.state.global_step
+        if not steps.by_time:
             return
-        self.state.num_train_epochs = self._num_epochs
-        self._agreed_step = self._logged_at = self.state.global_step
-        if self._resumed is None or self._resumed_host["rank"] is None:  # else it is this rank's own from before
+        self.state.num_train_epochs = steps.num_epochs
+        if first:
             self._engine.progress.confirmed = float(self.state.global_step)
         if isinstance(self.lr_scheduler, FollowProgress):
             self.lr_scheduler.follow(self._engine.progress, self.lr_scheduler.last_epoch, self.state.max_steps)
 
     def _before_the_trainer_counts(self) -> None:
         """An optimizer step was taken, which the Trainer will count next: the sum shall be the global step."""
-        self._own_steps += 1
-        if self._by_time and self._engine is not None:
-            progress = self._engine.progress
-            estimate = min(int(progress.value + progress.rate), self.state.max_steps - 1)
-            self.state.global_step = max(self.state.global_step, estimate) - 1
-
-    def _log_by_progress(self) -> None:
-        """Between two meetings: sets the Trainer's flag for logging if a global step on the way asks for it."""
-        self.state.epoch = self.state.global_step / self._steps_per_epoch
-        if self._due_in(self._logged_at, self.state.global_step).should_log:
-            self.control.should_log = True
-        self._logged_at = max(self._logged_at, self.state.global_step)
-
-    def _agree_on_step(self) -> set[str]:
-        """All replicas know of each other's steps: the global step becomes the same on all, and so what is due.
-
-        It may only depend on what they have told each other. `max_steps` is their mean; where a slow replica applies a
-        delayed sync before its `delay_steps`, the mean is less than that many steps below it.
-        """
-        assert self._engine is not None
-        state, progress = self.state, self._engine.progress
-        before = self._agreed_step
-        if progress.at_apply >= state.max_steps:
-            state.global_step = state.max_steps
-        else:
-            furthest = int(max(progress.furthest, progress.at_apply))
-            state.global_step = max(before, min(furthest, state.max_steps - 1))
-        self._agreed_step = state.global_step
-        state.epoch = state.global_step / self._steps_per_epoch
-        due = self._due_in(before, state.global_step)
-        return {request for request, flag in FLAGS.items() if getattr(due, flag)}
-
-    def _due_in(self, first: int, last: int) -> TrainerControl:
-        """What the Trainer's own rules ask for after the global steps first + 1 ... last."""
-        due = TrainerControl()
-        assert self._flow is not None
-        for step in range(first + 1, last + 1):
-            self._flow.on_step_end(self.args, replace(self.state, global_step=step), due)
-        if last // self._steps_per_epoch > first // self._steps_per_epoch:
-            self._flow.on_epoch_end(self.args, self.state, due)
-        return due
+        if self._engine is None:
+            return
+        self._steps.take(self._engine.warming_up)
+        if self._steps.by_time:
+            self.state.global_step = self._steps.estimate(self.state, self._engine.progress) - 1
 
     def _stop_following(self) -> None:
-        """The training has ended; `_own_steps` and the step count are those of its last step."""
-        if self._flow is not None:
-            self.callback_handler.callbacks.insert(0, self._flow)
-            self._flow = None
+        """The training has ended; the step counts are those of its last step."""
+        if self._steps.flow is not None:
+            self.callback_handler.callbacks.insert(0, self._steps.flow)
+            self._steps.flow = None

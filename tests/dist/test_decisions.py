@@ -15,14 +15,27 @@ import torch.distributed as dist
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_edit.method.conductor import Conductor
 from hf_edit.telemetry.logs import EDiTStats
 from hf_edit.trainer.decisions import TrainerDecisions
-from hf_edit.trainer.progress import TrainerProgress
+from hf_edit.trainer.progress import GlobalSteps, TrainerProgress
 from tests.dist.test_by_time import Replica
 from tests.dist.threads import run_ranks
 
 
-class ByHand(TrainerDecisions, TrainerProgress):
+class PlainLoop:
+    """What `TrainerDecisions` and `TrainerProgress` call of the Trainer."""
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_evaluate:
+            assert self._engine.replicas_equal
+            dist.barrier()
+            self.evaluated.append(self.state.global_step)
+            with self._flags_become_requests():
+                self.control.should_evaluate = False
+
+
+class ByHand(TrainerDecisions, TrainerProgress, PlainLoop):
     """The parts of `EDiTMixin` that decide, on a `Replica` of test_by_time.py; `rows` end its data after so many steps.
 
     `evaluated` are the global steps at which it evaluated.
@@ -31,12 +44,11 @@ class ByHand(TrainerDecisions, TrainerProgress):
     def __init__(self, replica: Replica, rows: int | None = None, **settings: Any) -> None:
         self.replica, self.rows = replica, rows
         self.edit_config, self.edit_layout = replica.engine.config, replica.engine.peers.layout
-        self._engine, self.edit_stats, self._gradient_bytes = replica.engine, EDiTStats(), 0
-        self._postponed, self._agreed = set(), None
-        self._counted_steps = self._epoch_began_at = self._agreed_step = 0
-        self._stopping = self._left = False
-        self._data_is_sized = rows is None
-        self._steps_per_epoch = 10**6
+        self._engine, self.edit_stats = replica.engine, EDiTStats()
+        by_time = self.edit_config.sync_seconds is not None
+        self._steps = GlobalSteps(by_time=by_time, lockstep=rows is None and not by_time, steps_per_epoch=10**6)
+        self._steps.flow = DefaultFlowCallback()
+        self._conductor = Conductor(by_time)
         self.accelerator = SimpleNamespace(optimizer_step_was_skipped=False)
         self.args = SimpleNamespace(
             logging_strategy="no", logging_first_step=False, save_strategy="no", eval_strategy="no", eval_delay=0
@@ -46,19 +58,22 @@ class ByHand(TrainerDecisions, TrainerProgress):
             setattr(self.state, name, value)
         if "eval_steps" in settings:
             self.args.eval_strategy = IntervalStrategy.STEPS
-        self.control, self._flow = TrainerControl(), DefaultFlowCallback()
+        self.control = TrainerControl()
         self.evaluated: list[int] = []
-        self._engine._last_step = self.state.max_steps if self._by_time else None
+        self._engine._last_step = self.state.max_steps if by_time else None
 
     def _say_once(self, text: str) -> None: ...
+    def _log_syncs(self) -> None: ...
+    def _log_step(self, *args: Any) -> None: ...
 
     def train(self) -> ByHand:
-        while not self._stopping:
-            if self.rows is not None and self._own_steps == self.rows:  # an epoch without a step: the Trainer stops
-                self._epoch_began_at = self._own_steps
+        while not self.control.should_training_stop:
+            if self.rows is not None and self._steps.own == self.rows:  # an epoch without a step: the Trainer stops
+                self._steps.begin_epoch()
                 self.control.should_training_stop = True
-                self._act()
-                break
+                self._behind()
+                dist.barrier()
+                return self
             replica = self.replica
             replica.now += replica.step_seconds
             replica.model.module.p.grad = torch.tensor([replica.gradient])
@@ -66,20 +81,15 @@ class ByHand(TrainerDecisions, TrainerProgress):
             replica.optimizer.step()
             self._before_the_trainer_counts()
             self.state.global_step += 1
-            if not self._by_time:
-                self._flow.on_step_end(self.args, self.state, self.control)
-            self._act()
+            if not self._steps.by_time:
+                self._steps.flow.on_step_end(self.args, self.state, self.control)
+            self._behind()
+        self._behind()  # the end of the epoch
         dist.barrier()
         return self
 
-    def _act(self) -> None:
-        self._decide_with_the_others()
-        self._stopping = self.control.should_training_stop
-        if self.control.should_evaluate:
-            assert self._engine.replicas_equal
-            dist.barrier()
-            self.evaluated.append(self.state.global_step)
-            self.control.should_evaluate = False
+    def _behind(self) -> None:
+        self._maybe_log_save_evaluate(None, None, None, None, 0.0, None, 0.0)
 
     def told(self) -> dict[str, Any]:
         assert self._engine.replicas_equal
@@ -97,7 +107,7 @@ def train_both(step_seconds: Any, rows: Any = (None, None), replica: Any = None,
     def body(rank: int) -> Any:
         own = Replica(rank, 2, step_seconds=step_seconds[rank], gradient=1.0, weighting="uniform", **(replica or {}))
         hand = ByHand(own, rows[rank], **settings).train()
-        return hand._own_steps, hand.told()
+        return hand._steps.own, hand.told()
 
     (first, told), (second, also) = run_ranks(2, body, timeout=10.0)
     assert told == also

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "hf_edit"
 # The house from the ground up: a file may import only files that stand before it in this list.
 ORDER = [
     "config",
-    *(f"method.{name}" for name in ("penalty", "plan", "outer", "schedule")),
+    *(f"method.{name}" for name in ("penalty", "plan", "outer", "schedule", "conductor")),
     *(f"peers.{name}" for name in ("layout", "group")),
     *(f"sync.{name}" for name in ("units", "measure", "equality", "background", "unit_sync")),
     *(f"checkpoint.{name}" for name in ("manifest", "state")),
@@ -24,6 +24,7 @@ ORDER = [
     "trainer.counts",
     "trainer.progress",
     "trainer.decisions",
+    "trainer.logs",
     "trainer.checkpoints",
     "trainer.trainer",
     "trainer.loop",
