@@ -80,6 +80,7 @@ class TrainerDecisions(_TrainerToBe):
             self._collect_requests()  # of callbacks that heard of the sync
             for request, flag in FLAGS.items():
                 setattr(self.control, flag, request in what)
+            self.control.should_log = False  # is done; the Trainer would gather the loss over all ranks
             carry_out()
             self._collect_requests()
             decided = True
@@ -88,6 +89,7 @@ class TrainerDecisions(_TrainerToBe):
         if decided and self._engine is not None:
             self._engine.schedule.rest_timer()
         elif not decided:
+            self.control.should_log = False
             carry_out()
         self.control.should_training_stop = self._conductor.stopping
         self.control.should_epoch_stop = self._conductor.cutting

@@ -83,8 +83,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def run(
-    num_replicas: int | None, rows: Any = None, make: Any = make_model, tolerance: float = 0.0, **settings: Any
-) -> Any:
+    num_replicas: int | None, rows: Any = None, make: Any = make_model, tolerance: float = 0.0,
+    late_callbacks: Any = (), no_wait: bool = False, **settings: Any,
+) -> Any:  # fmt: skip
     kwargs = {key: settings.pop(key) for key in ("compute_loss_func", "compute_metrics", "data_collator", "callbacks")
               if key in settings}  # fmt: skip
     kind, resume = settings.pop("trainer", EDiTTrainer), settings.pop("resume", None)
@@ -94,6 +95,10 @@ def run(
         model=make(), args=args, train_dataset=rows or make_rows(), eval_dataset=make_rows(8), edit_config=config,
         **kwargs,
     )  # fmt: skip
+    for callback in late_callbacks:
+        trainer.add_callback(callback)
+    if no_wait:
+        trainer._jit.jit_manager.kill_wait = 0
     trainer.train(resume)
     return trainer
 
@@ -281,4 +286,6 @@ def assert_replicas_equal(trainer: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(globals())
+    from tests.launch.scripts import decisions
+
+    main({**vars(decisions), **globals()})
