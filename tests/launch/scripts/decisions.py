@@ -59,10 +59,11 @@ def a_flag_of_one_rank_at_any_event_ends_in_one_decision() -> dict[str, Any]:
         for late in (False, True):
             callback = AllPairs()
             trainer = run(
-                None, config=EDiTConfig(sync_timeout_seconds=60, **settings), late_callbacks=[callback] if late else [],
-                callbacks=[] if late else [callback], rows=make_rows(6 * 2 * 2 * 4), max_steps=150,
-                gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=12, save_strategy="steps", save_steps=12,
-                output_dir=str(FOLDER / "flags"), logging_steps=5, save_total_limit=1,
+                None, config=EDiTConfig(sync_timeout_seconds=60, **settings),
+                late_callbacks=[callback] if late else [], callbacks=[] if late else [callback],
+                rows=make_rows(6 * 2 * 2 * 4), max_steps=150, gradient_accumulation_steps=2, logging_steps=5,
+                eval_strategy="steps", eval_steps=12, save_strategy="steps", save_steps=12, save_total_limit=1,
+                output_dir=str(FOLDER / "flags"),
             )  # fmt: skip
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, (trainer.state.global_step, callback.done))
