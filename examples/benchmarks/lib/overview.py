@@ -81,20 +81,19 @@ def table(read: Read) -> str:
 
     slow = {method: share_text(cell["share"], digits=2) for method, cell in found["slow_host"].items()}
     rows = [
-        [f"speed at {label}, of a training that never syncs", speed("hsdp", rate), speed("diloco", rate),
+        [f"speed at {label}{unit}", speed("hsdp", rate), speed("diloco", rate),
          f"{speed('edit-delayed', rate)} delayed, {speed('edit-forward', rate)} forward"]
-        for label, rate in (("1 Gbit/s", "1gbit"), ("100 Mbit/s", "100mbit"))
+        for label, unit, rate in (("1 Gbit/s", " (1: never syncing)", "1gbit"), ("100 Mbit/s", "", "100mbit"))
     ]  # fmt: skip
-    rows.append(["speed with one of two hosts at half speed, of what both do alone", slow["hsdp"], "",
+    rows.append(["speed, one of two hosts at half speed (1: both alone)", slow["hsdp"], "",
                  f"{slow['a-edit-delayed']} with a sync every 5 s, {slow['a-edit-delayed-10s']} every 10 s (A-EDiT, "
-                 f"delayed); {slow['edit-forward']} with a sync every 16 steps"])  # fmt: skip
+                 f"delayed); {slow['edit-forward']} every 16 steps"])  # fmt: skip
     rows += [
-        [f"validation loss over synchronous training's, equal tokens, {label}", "0", loss(file, "diloco"),
-         loss(file, "edit")]
+        [f"validation loss over synchronous, equal tokens, {label}", "0", loss(file, "diloco"), loss(file, "edit")]
         for file, label in BATCHES.items()
-    ]  # fmt: skip
+    ]
     late = found["same_time"]
-    rows.append(["the same, equal time at 100 Mbit/s, 8 sequences a step", percent(late["sync-same-time"], 1), "",
+    rows.append(["the same, equal time at 100 Mbit/s", percent(late["sync-same-time"], 1), "",
                  percent(late["edit"], 1)])  # fmt: skip
     return markdown_table(["measured", "synchronous", "DiLoCo", "EDiT"], rows)
 
