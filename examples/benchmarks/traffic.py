@@ -4,7 +4,7 @@
     sudo python examples/benchmarks/traffic.py --json traffic.jsonl
 
 Trains a Llama on two hosts in pairs of runs that differ by 20 inner steps, or by one sync; the differences are what
-these cost. --busy turns on what else could leak: evaluation, logging every step, saving, token counting. With --by_time
+these cost. --busy adds what else could leak: evaluation, logging every step, saving, token counting. With --by_time
 the syncs are triggered by time (A-EDiT).
 """
 

@@ -31,7 +31,7 @@ class PeerHosts(Hosts):
 
         Args:
             timeout: seconds after which it has failed.
-            lighthouse: the program that torchft's managers meet at, if it is theirs to do; it runs on host 0.
+            lighthouse: torchft's program at which its managers find each other; it runs on host 0. None: not needed.
 
         Raises:
             RuntimeError: a host failed or the time is over; with all output.
