@@ -3,7 +3,7 @@
 
     python examples/benchmarks/convergence.py --train_file train.txt --validation_file validation.txt \\
         --json convergence.jsonl --png convergence.png
-    python examples/benchmarks/convergence.py --table table.md --json convergence.jsonl
+    python examples/benchmarks/convergence.py --table convergence.jsonl --png convergence.png
 
 Trains a byte-level Llama with synchronous training (the plain Trainer), Post Local SGD, DiLoCo, EDiT, EDiT with the
 paper's outer optimizer and A-EDiT, from the same seeds on the same number of tokens; then with a fault in one replica
@@ -57,15 +57,13 @@ def parse() -> argparse.Namespace:
         "--json", type=Path, metavar="JSONL", help="keep every finished run here; an existing file is continued"
     )
     files.add_argument("--png", type=Path, help="plot validation losses here")
-    files.add_argument("--table", type=Path, metavar="FILE",
-                       help="write the tables of --json here as Markdown (- prints them), run nothing")  # fmt: skip
+    files.add_argument("--table", type=Path, metavar="JSONL", help="print the tables of this file, run nothing")
     arguments = parser.parse_args()
     if (arguments.train_file is None) != (arguments.validation_file is None):
         parser.error("--train_file and --validation_file go together: text for training must not be evaluated on.")
-    if arguments.table and not (arguments.json and arguments.json.exists()):
-        parser.error("--table reads the runs from --json, which names no file that exists.")
     if arguments.quick:
-        vars(arguments).update(QUICK)
+        parser.set_defaults(**QUICK)
+        arguments = parser.parse_args()  # what is given holds all the same
     if arguments.rate and (arguments.replicas * arguments.ranks_per_replica) % NUM_HOSTS:
         parser.error(f"--rate: {NUM_HOSTS} hosts share the ranks; their number must be a multiple of it.")
     try:
@@ -123,10 +121,14 @@ def _add_faults(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     exit_on_signals()
     arguments = parse()
-    if arguments.table:
-        text = tables(read_results(arguments.json))
-        print(text) if str(arguments.table) == "-" else arguments.table.write_text(text + "\n", encoding="utf-8")
-        return
+    results = read_results(arguments.table) if arguments.table else run_all(arguments)
+    print("\n" + tables(results))
+    if arguments.png:
+        draw(results, arguments.png)
+
+
+def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs what is not there yet; all results."""
     results = open_results(arguments.json, settings_of(arguments))
     for job in jobs(arguments, results):
         run = {
@@ -137,9 +139,7 @@ def main() -> None:
         }
         add_run(results, run, arguments.json)
         print(f"{job.scenario} {job.method} seed {job.seed}: {run['loss']:.4f} nats a byte", flush=True)
-    print("\n" + tables(results))
-    if arguments.png:
-        draw(results, arguments.png)
+    return results
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def parse() -> argparse.Namespace:
     add_common_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:
-        vars(arguments).update(QUICK)
+        parser.set_defaults(**QUICK)
+        arguments = parser.parse_args()  # what is given holds all the same
     for rate in arguments.rates:
         try:
             bits_per_second(rate)
