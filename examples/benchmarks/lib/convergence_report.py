@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import markdown_table, mean, subplots
-from convergence_job import METHODS, SCENARIOS, SYNCHRONOUS
+from lib.bench import markdown_table, mean, subplots
+from lib.convergence_job import METHODS, SCENARIOS, SYNCHRONOUS
 
 Run = dict[str, Any]
 
@@ -51,18 +51,17 @@ def after_fault(runs: Sequence[Run], last_faulty_step: int) -> list[Run]:
 def tables(results: dict[str, Any]) -> str:
     """One table a scenario."""
     parts = [
-        f"**{scenario}**: {SCENARIOS[scenario]}\n\n{table(results, scenario, methods)}"
-        for scenario, methods in present(results).items()
+        f"**{scenario}**: {SCENARIOS[scenario]}\n\n{scenario_table(results, scenario)}" for scenario in present(results)
     ]
     return "\n\n".join(parts)
 
 
-def table(results: dict[str, Any], scenario: str, methods: Sequence[str]) -> str:
+def scenario_table(results: dict[str, Any], scenario: str) -> str:
     heading = ["method", "validation loss", "seeds", "spread", "over sync"]
     if scenario != "clean":
         heading += ["right after", "over its clean run there", "over it at the end"]
     heading += ["tokens", "seconds", "syncs", "clipped units", "effective replicas", "left out"]
-    return markdown_table(heading, [row(results, scenario, method) for method in methods])
+    return markdown_table(heading, [row(results, scenario, method) for method in present(results)[scenario]])
 
 
 def row(results: dict[str, Any], scenario: str, method: str) -> list[str]:
@@ -89,8 +88,8 @@ def row(results: dict[str, Any], scenario: str, method: str) -> list[str]:
     return cells
 
 
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{share:+.2%}"
+def percent(share: float | None, digits: int = 2) -> str:
+    return "" if share is None else f"{share:+.{digits}%}"
 
 
 # -- plot -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Runs one training of the network benchmarks on two hosts, and what both drivers do alike: flags, files, telling."""
+"""Runs one training of the network benchmarks on two hosts, and what both drivers do alike: flags, files, reports."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import NUM_PARAMETERS, exit_on_signals, open_results
-from hosts import HERE, Hosts, share_cores, unavailable
-from network_job import Job
+from lib.bench import NUM_PARAMETERS, exit_on_signals
+from lib.hosts import Hosts, share_cores, unavailable
+from lib.network_job import Job
+from lib.results import open_results, read_results
 
 NUM_HOSTS = 2
 RANKS_PER_HOST = 2
@@ -42,15 +43,13 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         complete = Job(**{**settings, **job}, ranks_per_replica=RANKS_PER_HOST, report=str(report))
-        limit = None if rate == "unlimited" else rate
-        with Hosts(NUM_HOSTS, limit, delay_milliseconds, share_cores(NUM_HOSTS), quotas) as hosts:
+        with Hosts(NUM_HOSTS, rate, delay_milliseconds, share_cores(NUM_HOSTS), quotas) as hosts:
 
             def watch() -> None:
                 if meanwhile is not None:
                     meanwhile(hosts, Path(str(report) + ".started"))
 
-            worker = HERE / "network_worker.py"
-            hosts.torchrun(RANKS_PER_HOST, worker, complete.to_json(), timeout=timeout, meanwhile=watch)
+            hosts.torchrun(RANKS_PER_HOST, "lib.network_worker", complete.to_json(), timeout=timeout, meanwhile=watch)
             figures: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
             return {**figures, "total_bytes_sent": hosts.bytes_sent()}
 
@@ -76,22 +75,23 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=1, help="sequences of one rank in one step (1)")
     parser.add_argument("--sequence_length", type=int, default=64, help="tokens of a sequence (64)")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one training may take (1800)")
-    parser.add_argument("--json", type=Path, help="keep every finished run here; an existing file is continued")
+    parser.add_argument("--json", type=Path, metavar="JSONL",
+                        help="keep every finished run here; an existing file is continued")  # fmt: skip
     parser.add_argument("--png", type=Path, help="the plot (the name of --json with .png)")
     parser.add_argument("--quick", action="store_true", help="a few short runs, to see that it works")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print the tables of this file, run nothing")
+    parser.add_argument("--table", type=Path, metavar="JSONL", help="print the tables of this file, run nothing")
 
 
-def measure_or_tell(
+def measure_or_report(
     arguments: argparse.Namespace,
     settings: dict[str, Any],
     measure: Callable[[dict[str, Any], argparse.Namespace], None],
-    tell: Callable[[dict[str, Any]], str],
+    table: Callable[[dict[str, Any]], str],
     plot: Callable[[dict[str, Any], Path], None],
     *,
     with_delay: bool = False,
 ) -> None:
-    """A driver's main(): with --table tells of a file's results, else measures, keeps them in --json and tells.
+    """A driver's main(): measures, keeps the runs in --json and prints their table; with --table that of a file alone.
 
     Args:
         settings: what the results of one file have in common, beside what those of both drivers have.
@@ -99,9 +99,7 @@ def measure_or_tell(
     """
     png = arguments.png
     if arguments.table:
-        if not arguments.table.exists():
-            sys.exit(f"{arguments.table}: no such file; it is made by --json")
-        results = json.loads(arguments.table.read_text(encoding="utf-8"))
+        results = read_results(arguments.table)
     else:
         if (reason := unavailable(delay=with_delay)) is not None:
             sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
@@ -110,6 +108,6 @@ def measure_or_tell(
         measure(results, arguments)
         png = png or (arguments.json and arguments.json.with_suffix(".png"))
         print()
-    print(tell(results))
+    print(table(results))
     if png:
         plot(results, png)

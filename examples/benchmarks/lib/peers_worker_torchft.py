@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from peers_worker import Job, Loop
+from lib.peers_worker import Job, Loop
 from torch import nn
 from torch.distributed import TCPStore
 from torchft.local_sgd import DiLoCo

@@ -15,7 +15,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import numpy as np
 import torch
-from convergence_job import Job
+from lib.convergence_job import Job
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
@@ -189,9 +189,6 @@ def figures(trainer: FaultyTrainer, job: Job) -> dict[str, Any]:
     return {
         "loss": evaluations[max(evaluations)],
         "evaluations": sorted(evaluations.items()),
-        "training_losses": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
-        "replica_losses": [(entry["step"], entry["edit/replica_loss_mean"]) for entry in syncs],
-        "pseudo_grad_norms": [(entry["step"], entry["edit/pseudo_grad_norm"]) for entry in syncs],
         "tokens": trainer.state.num_input_tokens_seen,
         "inner_steps": stats.inner_steps,
         "syncs": len(syncs),

@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from cpu_quota import CpuQuota
+from lib.bench import worker_environment
+from lib.cpu_quota import CpuQuota
 
 HERE = Path(__file__).resolve().parent
 TICK_SECONDS = 0.05
@@ -53,7 +54,7 @@ class Hosts:
     """`num_hosts` namespaces with addresses 10.88.0.1, 10.88.0.2, ..., gone again at the end of the `with` block.
 
     Args:
-        rate: limit of every host in each direction, as `tc` writes it ("100mbit"); None: unlimited.
+        rate: limit of every host in each direction, as `tc` writes it ("100mbit"), or "unlimited".
         delay_milliseconds: how long the network keeps a frame, one way; a round trip takes twice that.
         cores: for each host, the cores that its processes are bound to; None: any.
         quotas: for each host, the processor seconds per second that it may use (None: no limit); `set_quota` changes
@@ -63,7 +64,7 @@ class Hosts:
     def __init__(
         self,
         num_hosts: int,
-        rate: str | None = None,
+        rate: str = "unlimited",
         delay_milliseconds: float = 0.0,
         cores: Sequence[Sequence[int]] | None = None,
         quotas: Sequence[float | None] | None = None,
@@ -104,7 +105,7 @@ class Hosts:
             for device in ("lo", "eth0"):
                 ip("-n", name, "link", "set", device, "up")
             ip("-n", self.switch, "link", "set", port, "up")
-            if self.rate:
+            if self.rate != "unlimited":
                 for namespace, device in ((name, "eth0"), (self.switch, port)):
                     command("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", "rate", self.rate,
                             "burst", "256kb", "limit", "8mb")  # fmt: skip
@@ -178,12 +179,12 @@ class Hosts:
     def torchrun(
         self,
         per_host: int,
-        script: Path,
+        module: str,
         *arguments: str,
         timeout: float = 300.0,
         meanwhile: Callable[[], None] | None = None,
     ) -> str:
-        """Runs `script` on every host with `per_host` ranks each; host 0's output.
+        """Runs `module`, such as "lib.traffic_worker", on every host with `per_host` ranks each; host 0's output.
 
         Args:
             timeout: seconds after which it has failed.
@@ -199,7 +200,7 @@ class Hosts:
                 launch = [
                     sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(self.names)}",
                     f"--node-rank={host}", f"--nproc-per-node={per_host}", f"--master-addr={self.address(0)}",
-                    "--master-port=29400", str(script), *arguments,
+                    "--master-port=29400", "-m", module, *arguments,
                 ]  # fmt: skip
                 processes.append(self._start(host, launch, log))
             problem = self._wait(processes, timeout, meanwhile)
@@ -210,9 +211,8 @@ class Hosts:
 
     def _start(self, host: int, words: list[str], log: Path) -> subprocess.Popen[bytes]:
         """Starts a command on `host`, on its cores and under its quota; its output goes to `log`."""
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
 
-        def settle() -> None:
+        def enter_host() -> None:
             if self.cores is not None:
                 os.sched_setaffinity(0, self.cores[host])
             if self._groups:
@@ -221,7 +221,8 @@ class Hosts:
         with log.open("w") as file:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.names[host], *words],
-                env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=settle,
+                env=worker_environment(GLOO_SOCKET_IFNAME="eth0"), stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True, preexec_fn=enter_host,
             )  # fmt: skip
 
     def _wait(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench import RandomTokens, build_llama
+from lib.bench import RandomTokens, build_llama
 from torch import Tensor, nn
 
 BYTES_SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
@@ -131,7 +131,7 @@ def edit(job: Job, model: nn.Module) -> Iterator[Loop]:
 
 @contextlib.contextmanager
 def torchft(job: Job, model: nn.Module) -> Iterator[Loop]:
-    from peers_worker_torchft import diloco
+    from lib.peers_worker_torchft import diloco
 
     with diloco(job, model, build_optimizer(model)) as loop:
         yield loop
@@ -165,14 +165,14 @@ def main() -> None:
     model = build_llama()
     with KINDS[job.kind](job, model) as loop:
         before, after = train(job, loop, host)
-    told = {
+    report = {
         "seconds": after.seconds - before.seconds,
         "bytes_sent": after.bytes_sent - before.bytes_sent,
         "parameter_bytes": sum(p.numel() * 4 for p in model.parameters()),
         "checksum": sum(p.detach().double().abs().sum().item() for p in model.parameters()),
         "torch": torch.__version__,
     }
-    (Path(job.folder) / f"host{host}.json").write_text(json.dumps(told), encoding="utf-8")
+    (Path(job.folder) / f"host{host}.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def _expect_two(num_processes: int) -> None:

@@ -20,6 +20,7 @@ OVERLAPS = {
 }
 METHODS = ("hsdp", *OVERLAPS)  # what is compared with "never", the bound: no sync at all
 TIMED = ("a-edit", "a-edit-delayed")  # whose sync is triggered by time
+SYNC_FIGURES = ("sync_seconds", "exposed_seconds", "wait_seconds", "sync_bytes")
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def combine(ranks: Sequence[dict[str, Any]], job: Job) -> dict[str, Any]:
 
     Returns:
         `tokens_per_second` of all replicas, `bytes_per_token` that crossed between them, and `replicas`: for each its
-        window, its rate, its processor seconds, what it sent, and for each sync in the window seconds and bytes (means
-        over its ranks; bytes summed).
+        window, its rate, its processor seconds, what it sent, and of the syncs in the window, one after the other,
+        seconds and bytes (means over its ranks; bytes summed).
     """
     size = job.ranks_per_replica
     replicas = []
@@ -133,7 +134,7 @@ def combine(ranks: Sequence[dict[str, Any]], job: Job) -> dict[str, Any]:
                 "inner_steps_per_second": first["window_steps"] / first["window_seconds"],
                 "tokens_per_second": tokens / first["window_seconds"],
                 "cpu_seconds_per_step": sum(member["cpu_seconds"] for member in members) / first["window_steps"],
-                "syncs": [_mean_of(records) for records in zip(*(m["syncs"] for m in members), strict=True)],
+                "syncs": _columns([_mean_of(records) for records in zip(*(m["syncs"] for m in members), strict=True)]),
             }
         )
     steps = sum(replica["window_steps"] for replica in replicas)
@@ -147,3 +148,7 @@ def combine(ranks: Sequence[dict[str, Any]], job: Job) -> dict[str, Any]:
 def _mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
     totals = {name: sum(record[name] for record in records) for name in records[0]}
     return {name: total if name.endswith("_bytes") else total / len(records) for name, total in totals.items()}
+
+
+def _columns(syncs: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [sync[name] for sync in syncs] for name in SYNC_FIGURES}

@@ -21,7 +21,7 @@ SIZES = {
 
 
 def main() -> None:
-    report, size = sys.argv[1:3]
+    path, size = sys.argv[1:3]
     steps, trigger, busy = map(json.loads, sys.argv[3:])
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES[size]))
@@ -48,14 +48,14 @@ def main() -> None:
     trainer = EDiTTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:8], edit_config=config)
     trainer.train()
     if trainer.is_world_process_zero():
-        told = {
+        report = {
             "world_size": trainer.accelerator.num_processes,
             "num_replicas": trainer.edit_layout.num_replicas,
             "parameter_bytes": parameter_bytes,
             "syncs": trainer.edit_stats.syncs,
         }
-        with open(report, "w", encoding="utf-8") as file:
-            json.dump(told, file)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(report, file)
 
 
 if __name__ == "__main__":

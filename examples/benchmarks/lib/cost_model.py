@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from bench import NUM_PARAMETERS
-from network_job import OVERLAPS
+from lib.bench import NUM_PARAMETERS
+from lib.network_job import OVERLAPS
 
 NUM_UNITS = 10  # of the benchmarks' Llama: embeddings, 8 blocks, norm with head; an all-reduce each
 FORWARD_SHARE = 1 / 3  # of a step's computation; backward is the rest

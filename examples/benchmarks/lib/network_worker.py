@@ -11,7 +11,6 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,26 +18,15 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import torch
 import torch.distributed as dist
-from accelerate import ParallelismConfig
-from accelerate.utils import FullyShardedDataParallelPlugin
-from bench import RandomTokens, build_llama
-from network_job import PRESETS, TIMED, Job, combine, edit_settings
+from accelerate import ParallelismConfig, PartialState
+from accelerate.utils import DistributedType
+from lib.bench import RandomTokens, build_llama
+from lib.network_job import PRESETS, SYNC_FIGURES, TIMED, Job, combine, edit_settings
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_edit import EDiTConfig, EDiTTrainer
-from hf_edit.trainer.accelerate_hook import ReplicaParallelismConfig
 
 NO_LOGS = 10**9  # steps between two logs
-SYNC_FIGURES = ("sync_seconds", "exposed_seconds", "wait_seconds", "sync_bytes")
-
-
-@dataclass(repr=False)
-class HSDPParallelismConfig(ReplicaParallelismConfig):
-    """FSDP2 on CPU, sharding over the replica and averaging gradients over the replicas, as Accelerate means it."""
-
-    @property
-    def fsdp_dim_names(self) -> list[str]:
-        return ParallelismConfig.fsdp_dim_names.fget(self)
 
 
 class Reading(NamedTuple):
@@ -114,11 +102,9 @@ def build_trainer(job: Job, recorder: Recorder) -> Trainer:
     if job.method != "hsdp":
         config = EDiTConfig.preset(PRESETS.get(job.method, "edit"), **edit_settings(job))
         return EDiTTrainer(**common, edit_config=config)
-    args.parallelism_config = HSDPParallelismConfig(
-        dp_replicate_size=job.num_replicas,
-        dp_shard_size=job.ranks_per_replica,
-        cpu_fsdp_plugin=FullyShardedDataParallelPlugin(**args.fsdp_plugin_args),
-    )
+    args.parallelism_config = ParallelismConfig(dp_replicate_size=job.num_replicas, dp_shard_size=job.ranks_per_replica)
+    # Accelerate 1.15 gives FSDP2 to several GPUs only; check_layout fails if it does not take CPUs for them.
+    PartialState().distributed_type = DistributedType.MULTI_GPU
     return Trainer(**common)
 
 

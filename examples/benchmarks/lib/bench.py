@@ -1,87 +1,28 @@
-"""What the benchmarks share: where a figure comes from, files, statistics, plots, and the model that they train."""
+"""What the benchmarks share: processes, statistics, tables, plots, and the model that they train."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
 import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+BENCHMARKS = Path(__file__).resolve().parents[1]
 NUM_PARAMETERS = 8_401_152  # of build_llama(): 4 x 8,401,152 = 33.6 MB of fp32, what a sync averages
 VOCABULARY_SIZE = 4096
 
 
-# -- where a figure comes from ----------------------------------------------------------------------------------------
+# -- processes --------------------------------------------------------------------------------------------------------
 
 
-def provenance() -> dict[str, Any]:
-    """What it takes to repeat a measurement: the command, the commit, the machine, the versions, the time.
-
-    Files that lie elsewhere are told by their names alone. The commit ends in "-modified" where the code that ran is
-    not the commit's.
-    """
-    return {
-        "command": " ".join(
-            Path(word).name if os.path.isabs(word) or word.startswith("..") else word for word in sys.argv
-        ),
-        "commit": _commit(),
-        "machine": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "accelerate")},
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=HERE.parents[1], capture_output=True, text=True).stdout.strip()
-
-    # What a benchmark writes into results/ is no code.
-    modified = git("status", "--porcelain", "--", "hf_edit", "examples", ":!examples/benchmarks/results")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-modified" if modified else "")
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
-
-
-def save_json(path: Path, content: Any) -> None:
-    """Writes `content`, so that whoever interrupts it finds the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def open_results(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The results in `path` to go on with, or new ones.
-
-    Raises:
-        SystemExit: the file's runs were made with other `settings`.
-    """
-    settings = json.loads(json.dumps(settings))  # as they come back from a file
-    if path is None or not path.exists():
-        return {"settings": settings, "invocations": [provenance()], "runs": []}
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if results["settings"] != settings:
-        sys.exit(f"{path} holds runs with {results['settings']}, not {settings}. Give --json another name.")
-    results["invocations"].append(provenance())
-    return results
+def worker_environment(**more: str) -> dict[str, str]:
+    """This process's environment, in which `python -m lib.NAME` finds the benchmarks' workers, one thread each."""
+    paths = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
 
 
 def exit_on_signals() -> None:
@@ -118,6 +59,15 @@ def pair_range(numerators: Sequence[float], denominators: Sequence[float]) -> tu
 def mean(values: Sequence[float]) -> float:
     """The mean; NaN of nothing."""
     return statistics.fmean(values) if values else math.nan
+
+
+def share_text(share: float, digits: int = 3) -> str:
+    """A share of a bound that nothing can exceed; a measured one above 1 is the noise of its runs, and says so.
+
+    >>> share_text(0.5), share_text(1.0184, digits=2)
+    ('0.500', '1.02 (noise)')
+    """
+    return f"{share:.{digits}f}" + (" (noise)" if round(share, digits) > 1 else "")
 
 
 def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

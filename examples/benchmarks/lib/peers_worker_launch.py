@@ -1,4 +1,4 @@
-"""Starts the workers of peers.py on two hosts of one core each, and reads what they tell."""
+"""Starts the workers of peers.py on two hosts of one core each, and reads their reports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hosts import Hosts, share_cores
-from peers_worker import Job
+from lib.hosts import Hosts, share_cores
+from lib.peers_worker import Job
 
-HERE = Path(__file__).resolve().parent
 TORCH_PORT = 29400
 LIGHTHOUSE_PORT = 29510
 # Every host gets its address for a name, since torchft tells its peers the name of the machine.
@@ -32,7 +31,7 @@ class PeerHosts(Hosts):
 
         Args:
             timeout: seconds after which it has failed.
-            lighthouse: the program that torchft's managers meet at, if it is theirs to do; it runs on host 0.
+            lighthouse: torchft's program at which its managers find each other; it runs on host 0. None: not needed.
 
         Raises:
             RuntimeError: a host failed or the time is over; with all output.
@@ -58,7 +57,7 @@ class PeerHosts(Hosts):
         own = {"PEERS_HOST": host, "PEERS_ADDRESS": self.address(host), "ACCELERATE_USE_CPU": "true"}
         torchft = {"TORCHFT_LIGHTHOUSE": f"http://{self.address(0)}:{LIGHTHOUSE_PORT}"}
         environment = [f"{name}={value}" for name, value in {**group, **local, **own, **torchft}.items()]
-        worker = [python, str(HERE / "peers_worker.py"), json.dumps(asdict(job))]
+        worker = [python, "-m", "lib.peers_worker", json.dumps(asdict(job))]
         return [*OWN_HOST_NAME, self.address(host), "env", *environment, *worker]
 
 
@@ -79,12 +78,12 @@ def run(job: Job, rate: str, python: str | None, timeout: float) -> dict[str, An
     hosts = PeerHosts(rate)
     with hosts:
         hosts.train(job, interpreter, timeout, lighthouse)
-    told = [json.loads((Path(job.folder) / f"host{host}.json").read_text(encoding="utf-8")) for host in range(2)]
-    sums = [one["checksum"] for one in told]
+    reports = [json.loads((Path(job.folder) / f"host{host}.json").read_text(encoding="utf-8")) for host in range(2)]
+    sums = [one["checksum"] for one in reports]
     if job.kind != "never" and abs(sums[0] - sums[1]) > 1e-6 * sums[0]:
         raise RuntimeError(f"After the last sync the hosts' parameters differ: sums {sums}.")
-    same = {name: told[0][name] for name in ("parameter_bytes", "torch")}
-    return {**same, **{name: [one[name] for one in told] for name in ("seconds", "bytes_sent")}}
+    same = {name: reports[0][name] for name in ("parameter_bytes", "torch")}
+    return {**same, **{name: [one[name] for one in reports] for name in ("seconds", "bytes_sent")}}
 
 
 def torchft_programs(python: str | None) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hosts import Hosts
+from lib.hosts import Hosts
 
 
 @dataclass
