@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from transformers import DefaultFlowCallback, Trainer, TrainerControl
+from transformers.trainer_utils import has_length
 
 from hf_edit.checkpoint.manifest import Manifest, has_edit_state
 from hf_edit.checkpoint.state import read_host
@@ -19,6 +21,7 @@ from hf_edit.config import EDiTConfig
 from hf_edit.method.schedule import GlobalProgress
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
+from hf_edit.trainer.checks import passed_over
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
@@ -31,28 +34,38 @@ FLAGS = {  # the engine's REQUESTS and the Trainer's flags
 
 
 class FollowProgress:
-    """A learning-rate scheduler that stands at the global step, however many steps this replica takes."""
+    """A learning-rate scheduler that stands at the global step, however many steps this replica takes.
 
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
-        self.progress: GlobalProgress | None = None  # None: one step is one step
-        self._stands_at = self._last = 0
+    Args:
+        scheduler: torch's; what it has, this one has, too.
+        progress: which it follows from where it stands, up to the step `last`.
+    """
 
-    def follow(self, progress: GlobalProgress, stands_at: int, last: int) -> None:
-        """From here on it follows `progress`, up to the step `last`."""
-        self.progress, self._stands_at, self._last = progress, stands_at, last
+    def __init__(self, scheduler: Any, progress: GlobalProgress, last: int) -> None:
+        self.scheduler, self.progress = scheduler, progress
+        self._stands_at, self._last = scheduler.last_epoch, last
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """After an optimizer step, which `progress` has not been told of yet."""
-        due = self._stands_at + 1
-        if self.progress is not None:
-            due = min(int(self.progress.value + self.progress.rate), self._last)
+        due = min(int(self.progress.value + self.progress.rate), self._last)
         for _ in range(self._stands_at, due):
             self.scheduler.step(*args, **kwargs)
         self._stands_at = max(self._stands_at, due)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "scheduler" or name.startswith("__"):  # asked of a copy that is not filled yet
+            raise AttributeError(name)
         return getattr(self.scheduler, name)
+
+
+class _FirstBatches:
+    """The first `length` batches of a loader, as far as the Trainer asks before the training."""
+
+    def __init__(self, loader: Any, length: int) -> None:
+        self.dataset, self._length = loader.dataset, length
+
+    def __len__(self) -> int:
+        return self._length
 
 
 class TrainerProgress(_TrainerToBe):
@@ -65,13 +78,21 @@ class TrainerProgress(_TrainerToBe):
     _resumed_host: dict[str, Any]
     _flow: DefaultFlowCallback | None = None
     _own_steps: int = 0  # optimizer steps of this replica, since the training began and over all its resumptions
+    _counted_steps: int  # of these, what the engine has been told of
+    _data_is_sized: bool
+    lr_scheduler: Any
 
     @property
     def _by_time(self) -> bool:
         return self.edit_config.sync_seconds is not None and self.edit_layout.num_replicas > 1
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
-        """As the Trainer's, but a fast replica may go through its data as often as all replicas together."""
+        """As the Trainer's, but an epoch is as long on all ranks as on that with the fewest batches; and with A-EDiT a
+        fast replica may go through its data as often as all replicas together."""
+        if self.edit_layout.num_replicas > 1:
+            dataloader = self._as_long_as_the_shortest(dataloader)
+        # A stream may end on one replica before it does on another, and then nobody can count on the others' steps.
+        self._data_is_sized = has_length(dataloader)
         values = super().set_initial_training_values(args, dataloader)
         if not self._by_time:
             return values
@@ -83,6 +104,29 @@ class TrainerProgress(_TrainerToBe):
         # What it does by its rules is done below for every global step, not for every step of this replica.
         self._flow = self.pop_callback(DefaultFlowCallback) or self._flow
         return epochs * replicas + 1, steps_per_epoch, examples, samples, batch, batches_per_epoch, max_steps
+
+    def _as_long_as_the_shortest(self, dataloader: Any) -> Any:
+        """Ranks may have different numbers of batches (even_batches=False, a loader of the user's own): each would end
+        its epochs by itself, and the ranks of one replica would wait for each other's gradients for ever.
+
+        Raises:
+            ValueError: a rank has no batch at all, or only some ranks know how many they have.
+        """
+        mine = len(dataloader) if has_length(dataloader) else None
+        lengths: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(lengths, mine)
+        if len(set(lengths)) == 1 and mine != 0:
+            return dataloader
+        if None in lengths or 0 in lengths:
+            raise ValueError(
+                f"Batches in an epoch by rank: {lengths} (None: no length). Every rank needs at least one, and all or "
+                "none a length."
+            )
+        self._say_once(
+            f"ranks have between {min(lengths)} and {max(lengths)} batches in an epoch; it ends after {min(lengths)} "
+            "on all of them."
+        )
+        return _FirstBatches(dataloader, min(lengths))
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: Any,
@@ -106,15 +150,8 @@ class TrainerProgress(_TrainerToBe):
         epochs, steps = divmod(self._own_steps, num_update_steps_per_epoch)
         return epochs, steps * self.args.gradient_accumulation_steps
 
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, standing at the global step with A-EDiT. One that follows a metric is left alone."""
-        scheduler: Any = super().create_scheduler(*args, **kwargs)
-        if self._by_time and hasattr(scheduler, "last_epoch") and hasattr(scheduler, "base_lrs"):
-            self.lr_scheduler = scheduler = FollowProgress(scheduler)
-        return scheduler
-
     def _start_progress(self) -> None:
-        """The engine is ready: the schedule follows it."""
+        """The engine is ready: the schedule follows it with A-EDiT. One that follows a metric is left alone."""
         assert self._engine is not None
         if not self._by_time:
             return
@@ -122,11 +159,21 @@ class TrainerProgress(_TrainerToBe):
         self._agreed_step = self._logged_at = self.state.global_step
         if self._resumed is None or self._resumed_host["rank"] is None:  # else it is this rank's own from before
             self._engine.progress.confirmed = float(self.state.global_step)
-        if isinstance(self.lr_scheduler, FollowProgress):
-            self.lr_scheduler.follow(self._engine.progress, self.lr_scheduler.last_epoch, self.state.max_steps)
+        scheduler = self.lr_scheduler
+        if isinstance(scheduler, FollowProgress):  # of an earlier training
+            scheduler = scheduler.scheduler
+        if hasattr(scheduler, "last_epoch") and hasattr(scheduler, "base_lrs"):
+            scheduler = FollowProgress(scheduler, self._engine.progress, self.state.max_steps)
+        self.lr_scheduler = self.callback_handler.lr_scheduler = scheduler
 
     def _before_the_trainer_counts(self) -> None:
-        """An optimizer step was taken, which the Trainer will count next: the sum shall be the global step."""
+        """An optimizer step was taken, which the Trainer will count next: the sum shall be the global step.
+
+        Raises:
+            RuntimeError: the engine has not been told of the one before.
+        """
+        if self._own_steps != self._counted_steps:
+            raise passed_over(self, "_maybe_log_save_evaluate")
         self._own_steps += 1
         if self._by_time and self._engine is not None:
             progress = self._engine.progress

@@ -15,7 +15,6 @@ from typing import Any
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import has_length
 
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.group import ProcessGroupPeers
@@ -39,6 +38,7 @@ from hf_edit.trainer.accelerate_hook import (
     replica_accelerator_args,
 )
 from hf_edit.trainer.checkpoints import EDiTCheckpointMark, TrainerCheckpoints
+from hf_edit.trainer.checks import check_optimizer, check_order, check_wrapping, never_due, passed_over
 from hf_edit.trainer.counts import TrainerCounts
 from hf_edit.trainer.decisions import TrainerDecisions
 from hf_edit.trainer.progress import TrainerProgress
@@ -64,6 +64,11 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
 
     _globalstep_last_logged: int
     is_fsdp_enabled: bool
+    model_wrapped: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_order(cls, EDiTMixin, Trainer)
 
     def __init__(self, *args: Any, edit_config: Any = None, **kwargs: Any) -> None:
         self.edit_config = EDiTConfig.load(edit_config)
@@ -73,6 +78,8 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
         self._postponed: set[str] = set()
         self._said: set[str] = set()
         super().__init__(*args, **kwargs)
+        if not hasattr(self, "edit_layout"):
+            raise passed_over(self, "create_accelerator_and_postprocess")
         self._say_what_trains()
         if self.edit_layout.num_replicas > 1:
             self.add_callback(_EngineDriver(self))
@@ -107,13 +114,10 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
         built = super()._build_accelerator_args(**kwargs)
         return replica_accelerator_args(built, self.args, self.edit_layout)
 
-    def get_train_dataloader(self) -> Any:
-        dataloader = super().get_train_dataloader()
-        if self.edit_layout.num_replicas > 1:
-            equalise_sampler_once(dataloader)
-        # A stream may end on one replica before it does on another, and then nobody can count on the others' steps.
-        self._data_is_sized = has_length(dataloader)
-        return dataloader
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.edit_layout.num_replicas > 1 and self.is_fsdp_enabled and not is_prepared(self.model):
+            check_wrapping(self.model, self.accelerator.state.fsdp_plugin, self.edit_layout)
+        return super().train(*args, **kwargs)
 
     def _get_peers(self) -> ProcessGroupPeers:
         if self._peers is None:
@@ -123,6 +127,13 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
     def _start_engine(self) -> None:
         if self._engine is not None:
             self._engine.abandon()  # an earlier training was broken off
+        check_optimizer(self.optimizer, self.edit_layout, self.edit_config)
+        if not hasattr(self, "_data_is_sized"):
+            raise passed_over(self, "set_initial_training_values")
+        if (warning := never_due(self.edit_config, self.state.global_step, self.state.max_steps)) is not None:
+            self._say_once(warning)
+        equalise_sampler_once(self.callback_handler.train_dataloader)
+        self._saw_training_step = False
         self.edit_stats = EDiTStats()
         self._postponed.clear()
         self._stopping = self._batch_size_agreed = self._left = False
@@ -163,6 +174,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self._engine is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        self._saw_training_step = True
         main_input_name = getattr(self.model, "main_input_name", "input_ids")
         main_input = inputs.get(main_input_name) if isinstance(inputs, Mapping) else None
         tokens = main_input.numel() if isinstance(main_input, Tensor) else 0
@@ -260,15 +272,11 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
                     alert(title, text)
             self.log(sync_logs(record))
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        self._make_replicas_equal("evaluate")
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, of `evaluate` and `predict`, on equal replicas."""
+        self._make_replicas_equal("evaluate or predict")
         with self._whole_until_trained():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        self._make_replicas_equal("predict")
-        with self._whole_until_trained():
-            return super().predict(*args, **kwargs)
+            return super().evaluation_loop(*args, **kwargs)
 
     @contextlib.contextmanager
     def _whole_until_trained(self) -> Iterator[None]:
@@ -277,11 +285,12 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
             yield
             return
         self.model.to(self.args.device)
-        self.is_fsdp_enabled = False
+        self.is_fsdp_enabled, wrapped = False, self.model_wrapped
         try:
             yield
         finally:
-            self.is_fsdp_enabled = True
+            # A compiled model, which evaluation leaves here, would be taken for one that is sharded already.
+            self.is_fsdp_enabled, self.model_wrapped = True, wrapped
 
     def _make_replicas_equal(self, what: str) -> None:
         engine = self._engine
@@ -341,4 +350,6 @@ class _EngineDriver(TrainerCallback):
         self.trainer._postponed |= self.trainer._take_requests()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer._saw_training_step:
+            raise passed_over(self.trainer, "training_step")
         self.trainer._engine.before_optimizer_step()
