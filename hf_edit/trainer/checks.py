@@ -108,7 +108,7 @@ def check_wrapping(model: nn.Module, plugin: FullyShardedDataParallelPlugin, lay
                 f"{name}.{getter}() raises, and Accelerate asks it when it shards with FSDP2. Define it in a subclass "
                 f"of the model (it may return None), or {instead}."
             ) from None
-    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+    if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
         raise ValueError(
             "PEFT runs the prompt encoder of a prompt-learning adapter when it saves it, on one rank, where FSDP2 has "
             f"but a shard of it. Take LoRA, or {instead}."
@@ -235,6 +235,6 @@ def passed_over(trainer: Any, method: str) -> RuntimeError:
     culprit = next(kind.__name__ for kind in type(trainer).__mro__ if method in vars(kind))
     return RuntimeError(
         f"{culprit}.{method}() does not call super().{method}(), in which EDiT does its part. Call it; or, to replace "
-        f"the Trainer's part alone, put {method}() into a Trainer of your own and EDiT around it: "
+        f"the Trainer's part alone, derive {culprit} from Trainer and put EDiT around it: "
         f"class Mine(EDiTMixin, {culprit})."
     )

@@ -62,7 +62,7 @@ class _FirstBatches:
     """The first `length` batches of a loader, as far as the Trainer asks before the training."""
 
     def __init__(self, loader: Any, length: int) -> None:
-        self.dataset, self._length = loader.dataset, length
+        self.dataset, self._length = getattr(loader, "dataset", None), length
 
     def __len__(self) -> int:
         return self._length

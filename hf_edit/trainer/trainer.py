@@ -78,8 +78,6 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
         self._postponed: set[str] = set()
         self._said: set[str] = set()
         super().__init__(*args, **kwargs)
-        if not hasattr(self, "edit_layout"):
-            raise passed_over(self, "create_accelerator_and_postprocess")
         self._say_what_trains()
         if self.edit_layout.num_replicas > 1:
             self.add_callback(_EngineDriver(self))
@@ -111,6 +109,8 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
             read_everywhere(self.accelerator.dataloader_config)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        if not hasattr(self, "edit_layout"):
+            raise passed_over(self, "create_accelerator_and_postprocess")
         built = super()._build_accelerator_args(**kwargs)
         return replica_accelerator_args(built, self.args, self.edit_layout)
 

@@ -17,6 +17,8 @@ SCENARIOS = [
     "buffers_follow_and_blocks_may_rest",
     "losses_that_are_no_numbers_are_filtered_from_the_logs",
     "predictions_are_of_equal_replicas",
+    "a_subclass_may_override_without_super",
+    "models_that_fsdp2_cannot_shard_are_refused",
 ]
 
 

@@ -24,6 +24,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_edit import EDiTConfig, EDiTMixin
 from hf_edit.peers.layout import Layout
+from hf_edit.sync.units import wrapping_groups
 from hf_edit.trainer.checks import check_wrapping, never_due, optimizer_problem, passed_over, wrapping_problem
 
 TINY = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -141,8 +142,6 @@ class Holder(nn.Module):
 
 
 def groups(net: Net) -> list[list[nn.Module]]:
-    from hf_edit.sync.units import wrapping_groups
-
     return wrapping_groups(net, lambda module: type(module).__name__ in net._no_split_modules)
 
 
