@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -128,6 +128,10 @@ class Net(nn.Module):
         if tie:
             self.get_submodule(tie).weight = self.get_input_embeddings().weight
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        embed = self.holder if hasattr(self, "holder") else self.embed
+        return self.head(self.block(embed(tokens)) + self.other(tokens))
+
     def get_input_embeddings(self) -> nn.Module:
         return self.holder.embed if hasattr(self, "holder") else self.embed
 
@@ -139,6 +143,9 @@ class Holder(nn.Module):
     def __init__(self, embed: nn.Module) -> None:
         super().__init__()
         self.embed = embed
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embed(tokens)
 
 
 def groups(net: Net) -> list[list[nn.Module]]:

@@ -21,8 +21,9 @@ def halve(step: int) -> float:
 
 def scheduler() -> torch.optim.lr_scheduler.LRScheduler:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, halve)
     optimizer.step()
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, halve)
+    return scheduler
 
 
 def test_it_stands_at_the_global_step() -> None:
