@@ -221,7 +221,7 @@ def steps_that_fp16_skips_end_a_sync_under_way() -> dict[str, Any]:
     config = EDiTConfig(sync_interval=1)
     if EDiT.accelerator(config).edit_layout.replica_size > 1:
         return {"not here": "torch's scaler has no common decision for FSDP2's shards on CPU"}
-    growth = 2.0**125 if dist.get_rank() == 1 else 1.0
+    growth = 2.0**125 if dist.get_rank() == 1 else 2.0
     scaler = torch.amp.GradScaler("cpu", 2.0, growth_factor=growth, backoff_factor=2.0**-125, growth_interval=2)
     loop = Loop(config, make=Blocks, scaler=scaler)
     with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
