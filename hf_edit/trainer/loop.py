@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import is_prepared
 from hf_edit.telemetry.logs import sync_logs
 from hf_edit.trainer.accelerate_hook import keep_loader_local, layout_of, make_accelerator
+from hf_edit.trainer.checks import check_optimizer
 
 logger = logging.getLogger(__name__)
+
+# Entries that wait for `logs()`: a loop that never asks shall not keep those of all its syncs.
+KEPT_LOGS = 1000
 
 
 class EDiT:
@@ -56,7 +61,8 @@ class EDiT:
         self._model, self._optimizer = model, optimizer
         self._engine: Engine | None = None
         self._hook: Any = None
-        self._last_logs: list[dict[str, float]] = []
+        self._said_dropped = False
+        self._logs: deque[dict[str, float]] = deque(maxlen=KEPT_LOGS)
         if accelerator.is_main_process:
             plain = "" if self.layout.num_replicas > 1 else ": nothing to sync"
             logger.warning("EDiT: %s%s.", self.layout, plain)
@@ -67,6 +73,7 @@ class EDiT:
                 f"The model is a plain {type(model).__name__}. Give EDiT what accelerator.prepare(model, optimizer) "
                 "returned."
             )
+        check_optimizer(optimizer, self.layout, self.config)
         keep_loader_local(accelerator)
         self._peers = ProcessGroupPeers(self.layout, self.config.longest_wait_seconds)
         self._start(first_step=0)
@@ -86,6 +93,7 @@ class EDiT:
         return make_accelerator(EDiTConfig.load(edit_config), settings)
 
     def _start(self, first_step: int) -> Engine:
+        self._looked_at = 0  # the sync after which it was last asked for its records by `step`
         self._engine = Engine(self._model, self._optimizer, self.config, self._peers, first_step=first_step)
         return self._engine
 
@@ -101,7 +109,7 @@ class EDiT:
             return
         if kind is None:
             self._engine.barrier()
-            self._last_logs = self.logs()
+            self._keep_logs()
         else:
             self._engine.abandon()
         self._engine.close()
@@ -122,7 +130,13 @@ class EDiT:
             self._engine.tally(loss=loss.detach().float() / share)
         self._engine.tally(tokens=float(tokens))
         if self._accelerator.sync_gradients:
-            self._engine.step(skipped=self._accelerator.optimizer_step_was_skipped)
+            skipped = self._accelerator.optimizer_step_was_skipped
+            if skipped:  # the optimizer was not called, nor its hook
+                self._engine.before_optimizer_step()
+            self._engine.step(skipped=skipped)
+            if self._engine.sync.sync_count - self._looked_at >= KEPT_LOGS // 10:
+                self._looked_at = self._engine.sync.sync_count
+                self._keep_logs()
 
     def flush(self) -> None:
         """Makes the replicas equal: syncs what was learnt since the last sync. To be called on all ranks.
@@ -142,11 +156,24 @@ class EDiT:
         return 0.0 if self._engine is None else self._engine.progress.value
 
     def logs(self) -> list[dict[str, float]]:
-        """The `edit/...` entries of each sync that has ended since the last call, for `accelerator.log`."""
-        if self._engine is not None:
-            return [sync_logs(record) for record in self._engine.take_records()]
-        found, self._last_logs = self._last_logs, []  # of the sync that ended the `with` block
+        """The `edit/...` entries of each sync that has ended since the last call, for `accelerator.log`.
+
+        Of more than `KEPT_LOGS` = 1,000 syncs only the last are kept.
+        """
+        self._keep_logs()
+        found = list(self._logs)
+        self._logs.clear()
         return found
+
+    def _keep_logs(self) -> None:
+        """Takes what has ended from the engine; on CUDA it waits for the last one's copy to the host."""
+        if self._engine is None:
+            return
+        new = [sync_logs(record) for record in self._engine.take_records()]
+        if len(self._logs) + len(new) > KEPT_LOGS and not self._said_dropped and self._accelerator.is_main_process:
+            logger.warning("EDiT: nobody asks for logs(); only those of the last %d syncs are kept.", KEPT_LOGS)
+            self._said_dropped = True
+        self._logs += new
 
     def state_dict(self) -> dict[str, Any]:
         """Anchor, outer momentum and detectors by name, sharded like the model and sharing memory, and the counters.

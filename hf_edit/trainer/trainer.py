@@ -31,6 +31,7 @@ from hf_edit.trainer.accelerate_hook import (
     replica_accelerator_args,
 )
 from hf_edit.trainer.checkpoints import EDiTCheckpointMark, TrainerCheckpoints
+from hf_edit.trainer.checks import check_optimizer, check_order, check_wrapping, never_due, passed_over
 from hf_edit.trainer.counts import TrainerCounts
 from hf_edit.trainer.decisions import TrainerDecisions
 from hf_edit.trainer.logs import TrainerLogs
@@ -56,6 +57,11 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
     """
 
     is_fsdp_enabled: bool
+    model_wrapped: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_order(cls, EDiTMixin, Trainer)
 
     def __init__(self, *args: Any, edit_config: Any = None, **kwargs: Any) -> None:
         self.edit_config = EDiTConfig.load(edit_config)
@@ -98,14 +104,15 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
             read_everywhere(self.accelerator.dataloader_config)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        if not hasattr(self, "edit_layout"):
+            raise passed_over(self, "create_accelerator_and_postprocess")
         built = super()._build_accelerator_args(**kwargs)
         return replica_accelerator_args(built, self.args, self.edit_layout)
 
-    def get_train_dataloader(self) -> Any:
-        dataloader = super().get_train_dataloader()
-        if self.edit_layout.num_replicas > 1:
-            equalise_sampler_once(dataloader)
-        return dataloader
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.edit_layout.num_replicas > 1 and self.is_fsdp_enabled and not is_prepared(self.model):
+            check_wrapping(self.model, self.accelerator.state.fsdp_plugin, self.edit_layout)
+        return super().train(*args, **kwargs)
 
     def _get_peers(self) -> ProcessGroupPeers:
         if self._peers is None:
@@ -115,6 +122,13 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
     def _start_engine(self) -> None:
         if self._engine is not None:
             self._engine.abandon()  # an earlier training was broken off
+        check_optimizer(self.optimizer, self.edit_layout, self.edit_config)
+        if not self._steps.begun:
+            raise passed_over(self, "set_initial_training_values")
+        if (warning := never_due(self.edit_config, self.state.global_step, self.state.max_steps)) is not None:
+            self._say_once(warning)
+        equalise_sampler_once(self.callback_handler.train_dataloader)
+        self._saw_training_step = False
         self.edit_stats = EDiTStats()
         self._conductor = Conductor(by_time=self._steps.by_time)
         self._batch_size_agreed = False
@@ -155,6 +169,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         if self._engine is None:
             return super().training_step(model, inputs, num_items_in_batch)
         self._driver.stand_last()
+        self._saw_training_step = True
         main_input_name = getattr(self.model, "main_input_name", "input_ids")
         main_input = inputs.get(main_input_name) if isinstance(inputs, Mapping) else None
         tokens = main_input.numel() if isinstance(main_input, Tensor) else 0
@@ -192,15 +207,11 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
 
     # -- evaluation, the end ------------------------------------------------------------------------------------------
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        self._make_replicas_equal("evaluate")
-        with self._whole_until_trained(), self._flags_become_requests():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        self._make_replicas_equal("predict")
-        with self._whole_until_trained(), self._flags_become_requests():
-            return super().predict(*args, **kwargs)
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, of `evaluate` and `predict`, on equal replicas."""
+        self._make_replicas_equal("evaluate or predict")
+        with self._whole_until_trained():
+            return super().evaluation_loop(*args, **kwargs)
 
     @contextlib.contextmanager
     def _whole_until_trained(self) -> Iterator[None]:
@@ -209,11 +220,12 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
             yield
             return
         self.model.to(self.args.device)
-        self.is_fsdp_enabled = False
+        self.is_fsdp_enabled, wrapped = False, self.model_wrapped
         try:
             yield
         finally:
-            self.is_fsdp_enabled = True
+            # A compiled model, which evaluation leaves here, would be taken for one that is sharded already.
+            self.is_fsdp_enabled, self.model_wrapped = True, wrapped
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         if self._engine is not None:
@@ -256,6 +268,8 @@ class _EngineDriver(TrainerCallback):
         self.trainer._steps.begin_epoch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer._saw_training_step:
+            raise passed_over(self.trainer, "training_step")
         self.trainer._engine.before_optimizer_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -263,3 +277,6 @@ class _EngineDriver(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._collect_requests()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._collect_requests()  # or the Trainer would save next, on this rank alone

@@ -19,6 +19,8 @@ SCENARIOS = [
     "predictions_are_of_equal_replicas",
     "a_flag_of_one_rank_at_any_event_ends_in_one_decision",
     "sigterm_saves_one_step_with_all",
+    "a_subclass_may_override_without_super",
+    "models_that_fsdp2_cannot_shard_are_refused",
 ]
 
 

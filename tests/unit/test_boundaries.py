@@ -20,6 +20,7 @@ ORDER = [
     *(f"checkpoint.{name}" for name in ("manifest", "state")),
     "sync.engine",
     "telemetry.logs",
+    "trainer.checks",
     "trainer.accelerate_hook",
     "trainer.counts",
     "trainer.progress",
@@ -36,7 +37,7 @@ FLOORS = ["method", "peers", "sync", "checkpoint", "telemetry", "trainer"]
 KEPT_TO: dict[str, set[str]] = {
     "accelerate": {"trainer"},
     "transformers": {"trainer"},
-    "torch.distributed.fsdp": {"sync.units", "trainer.accelerate_hook"},
+    "torch.distributed.fsdp": {"sync.units", "trainer.checks"},
     "torch.nn.parallel": {"sync.units"},
     "wandb": {"telemetry"},
 }
