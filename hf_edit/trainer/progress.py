@@ -160,6 +160,7 @@ class TrainerProgress(_TrainerToBe):
 
     edit_config: EDiTConfig
     edit_layout: Layout
+    lr_scheduler: Any
     _engine: Engine | None
     _steps: GlobalSteps
 
