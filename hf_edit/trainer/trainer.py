@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
+import hf_edit.checkpoint.state as checkpoint
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout, ring_bytes
@@ -140,7 +141,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
             last_step=self.state.max_steps,
         )
         if self._resumed:
-            self._engine.load(*self._resumed)
+            checkpoint.load_outer(*self._resumed, self._training())
             self._restore_rank_state(self._resumed_host["rank"])
         self._start_progress()
         elements = sum(part.numel() for unit in self._engine.units for part in unit.parts())
@@ -154,7 +155,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
         if state is None:  # another layout
             return
         assert self._engine is not None
-        self._engine.load_rank(state)
+        checkpoint.load_rank(self._engine, state)
         self._restore_counts(state)
         self._spikes = LossSpikeDetector(**{**state["spikes"], "threshold": self.edit_config.loss_spike_threshold})
 
