@@ -7,7 +7,7 @@ parameters on this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,13 +71,13 @@ class OuterState:
     """What one unit keeps between two syncs on this rank.
 
     `anchor` [n] fp32 holds the parameters as of the last sync; `shapes` are those of the rank's parts of the
-    parameters, in order. `momentum` [n] fp32 belongs to the built-in rules, `optimizer` to a user's callable, which
-    works on `optimizer_params`, views of the anchor in the parameters' shapes.
+    parameters, in order. `tensors`, each [n] fp32, are what the rule keeps, by name ("momentum"). `optimizer` is a
+    user's own, which works on `optimizer_params`, views of the anchor in the parameters' shapes.
     """
 
     anchor: Tensor
     shapes: tuple[torch.Size, ...]
-    momentum: Tensor | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
     optimizer_params: tuple[Tensor, ...] = ()
 
@@ -100,7 +100,7 @@ def new_state(
         view.copy_(part)
     if isinstance(rule, OuterRule):
         if rule.momentum:
-            state.momentum = torch.zeros(size, dtype=torch.float32, device=device, pin_memory=pin)
+            state.tensors["momentum"] = torch.zeros(size, dtype=torch.float32, device=device, pin_memory=pin)
     else:
         state.optimizer_params = tuple(view.requires_grad_() for view in state.views(state.anchor))
         state.optimizer = rule(list(state.optimizer_params))
@@ -127,10 +127,10 @@ def apply_outer_step(state: OuterState, gradient: Tensor, rule: Any) -> Tensor:
         state.optimizer.zero_grad(set_to_none=True)
         return state.anchor.to(gradient.device)
     anchor = state.anchor.to(gradient.device, non_blocking=True)
-    momentum = None if state.momentum is None else state.momentum.to(gradient.device, non_blocking=True)
-    outer_step_(anchor, gradient, momentum, rule)
+    tensors = {name: tensor.to(gradient.device, non_blocking=True) for name, tensor in state.tensors.items()}
+    outer_step_(anchor, gradient, tensors.get("momentum"), rule)
     if anchor is not state.anchor:
         state.anchor.copy_(anchor, non_blocking=True)
-        if momentum is not None and state.momentum is not None:
-            state.momentum.copy_(momentum, non_blocking=True)
+        for name, tensor in tensors.items():
+            state.tensors[name].copy_(tensor, non_blocking=True)
     return anchor

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import hf_edit.checkpoint.state as checkpoint
-from hf_edit.checkpoint.manifest import Manifest, trained_parameters
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import REQUESTS
 from hf_edit.method.plan import SyncRecord
@@ -271,55 +267,6 @@ class Engine:
         """The records of the syncs that ended since the last call."""
         return self.sync.take_records()
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    def save(self, folder: Path, host: dict[str, Any], *, write_outer: bool) -> None:
-        """Writes this rank's part of `folder`/edit, which `manifest.start` has made; the replicas must be equal.
-
-        Args:
-            host: what this rank keeps beside (numbers, strings, lists, dicts, tensors); "rank" is its own alone.
-            write_outer: True on the ranks of the replica that writes what all have in common.
-        """
-        if not self.replicas_equal:
-            raise RuntimeError("A checkpoint is of equal replicas; call flush() first.")
-        group = self.peers.replica_group
-        if write_outer:
-            checkpoint.save_outer(folder, self._model, self.sync, group)
-        host["rank"]["tallies"] = {name: float(value) for name, value in self.tallies.items()}
-        host["rank"]["progress"] = asdict(self.progress)
-        checkpoint.save_inner(folder, self.peers.layout, self._model, self._optimizer, host, group)
-
-    def manifest(self, step: int) -> Manifest:
-        """What this run is, for its checkpoint of the training's step `step`."""
-        return Manifest(
-            step=step,
-            num_replicas=self.peers.num_replicas,
-            replica_size=self.peers.layout.replica_size,
-            sync_count=self.sync.sync_count,
-            schedule_step=self.schedule.step,
-            units=[unit.name for unit in self.units],
-            config=self.config.to_dict(),
-            parameters=trained_parameters(self._model),
-            files={},
-        )
-
-    def load(self, folder: Path, manifest: Manifest) -> None:
-        """Takes anchor, momentum and detectors of a checkpoint; model and inner optimizer have been loaded before.
-
-        `first_step` must have been the steps taken until then.
-        """
-        checkpoint.load_outer(folder, manifest, self.sync, self.peers.replica_group)
-
-    def counters(self) -> dict[str, float]:
-        """Where this rank is in the schedule, and its counts since the last sync."""
-        counts = {name: float(value) for name, value in self.tallies.items()}
-        steps = {
-            "step": self.schedule.step,
-            "inner_steps": self.schedule.inner_steps,
-            "interval_steps": self.schedule.interval_steps,
-        }
-        return {**counts, **steps, "sync_count": self.sync.sync_count, "progress": self.progress.confirmed}
-
     def go_on_at(self, step: int) -> None:
         """The training goes on after its optimizer step number `step`: ends the warm-up if that lies behind.
 
@@ -336,15 +283,3 @@ class Engine:
         self._started_at = self._clock()
         if was_warming_up and not warming_up:
             self._end_warmup()
-
-    def load_counters(self, counters: dict[str, float]) -> None:
-        self.tallies = {name: counters[name] for name in TALLIES}
-        self.schedule.step, self.schedule.interval_steps = int(counters["step"]), int(counters["interval_steps"])
-        self.schedule.inner_steps = int(counters["inner_steps"])
-        self.sync.sync_count = int(counters["sync_count"])
-        self.progress.confirmed = counters["progress"]
-
-    def load_rank(self, state: dict[str, Any]) -> None:
-        """This rank's counts at the time of the checkpoint, as `save` has put them into `host["rank"]`."""
-        self.tallies.update(state["tallies"])
-        self.progress = GlobalProgress(**state["progress"])

@@ -16,6 +16,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+import hf_edit.checkpoint.state as checkpoint
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import Conductor
 from hf_edit.peers.group import ProcessGroupPeers
@@ -145,7 +146,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         )
         rank_state = self._resumed_host["rank"] if self._resumed else None  # None: of another layout
         if self._resumed:
-            self._engine.load(*self._resumed)
+            checkpoint.load_outer(*self._resumed, self._training())
             self._restore_rank_state(rank_state)
         self._start_progress(first=rank_state is None)
         elements = sum(part.numel() for unit in self._engine.units for part in unit.parts())
@@ -159,7 +160,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         if state is None:  # another layout
             return
         assert self._engine is not None
-        self._engine.load_rank(state)
+        checkpoint.load_rank(self._engine, state)
         self._restore_counts(state)
         self._spikes = LossSpikeDetector(**{**state["spikes"], "threshold": self.edit_config.loss_spike_threshold})
 
