@@ -89,7 +89,7 @@ def load_outer(folder: Path, manifest: Manifest, sync: OuterSync, group: Any) ->
     _read(state, place, group)
     for optimizer, owners in of_the_user:
         _unpack_optimizer(optimizer, owners, state, "outer/", {}, whole=False)
-    if "anchor" in kinds and "momentum" not in kinds and any(outer.momentum is not None for outer in sync.states):
+    if "anchor" in kinds and "momentum" not in kinds and any("momentum" in outer.tensors for outer in sync.states):
         logger.warning("EDiT: the checkpoint has no outer momentum; it starts at zero.")
     _place_detectors(sync, detectors, manifest)
     sync.sync_count = manifest.sync_count
@@ -143,11 +143,10 @@ def outer_tensors(sync: OuterSync) -> dict[str, Tensor]:
     """Anchor, momentum and detectors by name, sharing their memory: reading them changes nothing."""
     found: dict[str, Tensor] = {f"detector/{k}": v for k, v in sync.detectors.state_dict().items()}
     for unit, state in zip(sync.units, sync.states, strict=False):
-        for kind, flat in (("anchor", state.anchor), ("momentum", state.momentum)):
-            if flat is not None:
-                views = state.views(flat.detach())
-                for name, param, view in zip(unit.names, unit.params, views, strict=True):
-                    found[f"{kind}/{name}"] = like_param(param, view)
+        for kind, flat in {"anchor": state.anchor, **state.tensors}.items():
+            views = state.views(flat.detach())
+            for name, param, view in zip(unit.names, unit.params, views, strict=True):
+                found[f"{kind}/{name}"] = like_param(param, view)
         if state.optimizer is not None:
             owners = list(zip(unit.names, unit.params, strict=True))
             tensors, _ = pack_optimizer(state.optimizer, owners, Layout(1, 1, 0))

@@ -96,12 +96,11 @@ class TrainerCheckpoints(_TrainerToBe):
     def _problems_on_all_ranks(self, paths: list[Path]) -> dict[str, str | None]:
         """What keeps each checkpoint from being resumed on any rank; the ranks may see different disks."""
         if dist.is_initialized():
-            dist.barrier()  # rank 0 may still be at the end of what a training of this process has saved
+            self._get_peers().barrier()  # rank 0 may still be at the end of what a training of this process has saved
         mine = {str(path): problem(path) for path in paths}
         everyone = [mine]
         if dist.is_initialized():
-            everyone = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everyone, mine)
+            everyone = self._get_peers().gather_object(mine)
         merged: dict[str, str | None] = {}
         for rank, theirs in enumerate(everyone):
             for path in {*mine, *theirs}:
@@ -113,7 +112,7 @@ class TrainerCheckpoints(_TrainerToBe):
 
     def _replica_group(self) -> Any:
         if self.edit_layout.num_replicas > 1:
-            return self._get_peers().replica_group
+            return self._get_peers().inside.group
         return dist.group.WORLD if dist.is_initialized() else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -178,7 +177,7 @@ class TrainerCheckpoints(_TrainerToBe):
         if not self.args.save_only_model:
             if self._writes_shared():
                 start(folder)
-            dist.barrier()  # nobody writes into it before
+            self._get_peers().barrier()  # nobody writes into it before
         super()._save_checkpoint(model, trial)
 
     def _writes_shared(self) -> bool:
@@ -214,7 +213,7 @@ class TrainerCheckpoints(_TrainerToBe):
         super()._save_rng_state(output_dir)
         if self._engine is None:
             return
-        dist.barrier()  # every rank has written its part
+        self._get_peers().barrier()  # every rank has written its part
         if self._writes_shared():
             folder = Path(output_dir)
             unseen = [i for i in range(self.edit_layout.num_replicas) if not (folder / f"edit/replica-{i}").is_dir()]

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -191,17 +190,17 @@ class EDiT:
         self.flush()
         if self._accelerator.is_main_process:
             start(folder)
-        dist.barrier()
+        self._peers.barrier()
         engine = self._engine
         host = {
             "rank": {"own_steps": engine.schedule.step},
             **{name: thing.state_dict() for name, thing in stateful.items()},
         }
         engine.save(folder, host, write_outer=self.layout.replica == 0)
-        dist.barrier()
+        self._peers.barrier()
         if self._accelerator.is_main_process:
             seal(folder, engine.manifest(round(engine.progress.value) if engine.by_time else engine.schedule.step))
-        dist.barrier()
+        self._peers.barrier()
 
     def load(self, folder: str | Path, **stateful: Any) -> int:
         """Takes what `save` wrote, also by another number of replicas and shards; the optimizer steps taken until then
@@ -218,7 +217,7 @@ class EDiT:
             raise ValueError(f"Cannot continue from {folder}: {trouble}.")
         manifest = Manifest.read(folder)
         check_model(manifest, self._model, folder)
-        group = self._peers.replica_group
+        group = self._peers.inside.group
         checkpoint.load_model(folder, self._model, group)
         host = checkpoint.load_inner(folder, manifest, self.layout, self._model, self._optimizer, group)
         for name, thing in stateful.items():

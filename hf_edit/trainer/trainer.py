@@ -227,7 +227,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
         """The Trainer's log entry, its loss averaged over this replica alone."""
         assert self._peers is not None
         assert self._engine is not None
-        gather = self.accelerator.gather if self._engine.warming_up else self._peers.gather_in_replica
+        gather = self.accelerator.gather if self._engine.warming_up else self._peers.inside.gather
         loss = gather(tr_loss.detach()).mean().item()
         tr_loss.zero_()
         steps, self._steps_at_log = self._own_steps - self._steps_at_log, self._own_steps

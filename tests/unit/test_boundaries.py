@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[2] / "hf_edit"
 ORDER = [
     "config",
     *(f"method.{name}" for name in ("penalty", "plan", "outer", "schedule")),
-    *(f"peers.{name}" for name in ("layout", "group")),
-    *(f"sync.{name}" for name in ("units", "measure", "equality", "background", "unit_sync")),
+    *(f"peers.{name}" for name in ("layout", "faults", "replica", "group")),
+    *(f"sync.{name}" for name in ("units", "measure", "equality", "unit_sync", "overlap")),
     *(f"checkpoint.{name}" for name in ("manifest", "state")),
     "sync.engine",
     "telemetry.logs",
