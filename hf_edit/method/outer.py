@@ -1,7 +1,8 @@
 """The outer step of EDiT (Algorithm 2, Sync): the anchor moves against the averaged pseudo-gradient.
 
-Anchor, pseudo-gradient and what a rule keeps are flat fp32 tensors [n], n being the elements of the unit's parameters on
-this rank. A new rule is a `FlatRule` with its `tensor_names` and `update`; checkpoints take its tensors by these names.
+Anchor, pseudo-gradient and what a rule keeps are flat fp32 tensors [n], n being the elements of the unit's parameters
+on this rank. A new rule is a `FlatRule` with its `tensor_names` and `update`; checkpoints take its tensors by these
+names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can go wrong between ranks: who is missing when a collective fails, and what gloo's threads must not let go of."""
+"""What can go wrong between ranks: who is missing when a collective fails; what gloo's threads must not let go of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ class Pending(Protocol):
 
 
 def start(collective: Callable[..., Any], *tensors: Any, group: Any, **more: Any) -> Any:
-    """Starts `collective` of torch.distributed on tensors, or lists of them, in the background; the way for all of ours.
+    """Starts `collective` of torch.distributed on tensors, or lists of them; all of ours go this way.
 
     gloo's threads (torch 2.13) let go of a Work only after they have told its end. If Python has dropped it by then,
     and with it a tensor that Python knows, that thread takes the interpreter's locks: a process that forks in this
@@ -62,7 +62,7 @@ def _alias(tensor: Tensor) -> Tensor:
 class _Kept:
     """A collective in host memory: `wait` as of its Work."""
 
-    alive: deque[_Kept] = deque()  # of the process, as gloo's threads are
+    alive: ClassVar[deque[_Kept]] = deque()  # of the process, as gloo's threads are
     lock = threading.Lock()  # a delayed sync has its own thread
 
     def __init__(self, work: Any, aliases: list[Any]) -> None:

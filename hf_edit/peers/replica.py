@@ -29,8 +29,10 @@ class Replica:
         self.size = layout.replica_size
         self._timeout = timedelta(seconds=timeout_seconds)
         self._all_ranks = [layout.replica_ranks(i) for i in range(layout.num_replicas)]
-        self.group: Any = own_group(self._all_ranks, self._timeout) if dist.is_initialized() else None
-        self._host_group = self.group
+        self.group: Any = None
+        if dist.is_initialized():
+            self.group = own_group(self._all_ranks, self._timeout)
+        self._host_group: Any = self.group
         self._first = layout.replica_ranks(layout.replica)[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -62,8 +64,8 @@ class Replica:
 
     def make_host_group(self) -> None:
         """What `lead` needs. All ranks of the world call it together, before the first one."""
-        if (group := self.group) is not None and self._host_group is group:
-            self._host_group = with_host(group, self._all_ranks, self._timeout)
+        if self._host_group is self.group:
+            self._host_group = with_host(self.group, self._all_ranks, self._timeout)
 
 
 def own_group(all_ranks: list[list[int]], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:

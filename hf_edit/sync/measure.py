@@ -1,4 +1,4 @@
-"""Figures of a sync without stopping the device: copies to the host, the time that training waited, a profile's names."""
+"""What a sync measures without stopping the device, and the host memory that it uses again."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One outer sync (EDiT, Algorithm 2), phase by phase: exchange norms, weigh, reduce, commit, clip, step, write.
 
 What happens in each phase stands here once; when it happens is the business of overlap.py. Until `apply` nothing of
-anchors, outer state, detectors and parameters has changed, so a sync that fails, or is not committed, is only forgotten.
+anchors, outer state, detectors and parameters has changed, so one that fails, or is not committed, is only forgotten.
 
 But for the all-reduces, and what a delayed sync does in host memory, everything is on the current stream, so no further
 ordering is needed but that of a unit's all-gather after the write to its shards.

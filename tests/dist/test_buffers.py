@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from typing import Any
@@ -24,16 +25,19 @@ from tests.dist.threads import run_ranks
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.b(self.norm(self.a(x)))
 
 
+torch.manual_seed(0)
+NET = Normed()  # one for all ranks, which as threads share a random state
+
+
 def train(rank: int, bad: set[int], bad_steps: set[int], steps: int, **settings: Any) -> tuple[Any, Engine]:
     """Means and variances at the end, where replicas `bad` saw NaN in the steps `bad_steps`; a sync every 2 steps."""
-    model = DistributedDataParallel(Normed(), broadcast_buffers=False)
+    model = DistributedDataParallel(copy.deepcopy(NET), broadcast_buffers=False)
     config = EDiTConfig(sync_interval=2, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     peers = ProcessGroupPeers(Layout.split(dist.get_world_size(), dist.get_world_size(), rank), 30.0)
