@@ -10,14 +10,15 @@ import queue
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from hf_edit.method.plan import SyncPlan
-from hf_edit.sync.unit_sync import OuterSync, Running
+from hf_edit.sync.running import Running
+from hf_edit.sync.unit_sync import OuterSync
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +203,27 @@ class Delayed(Blocking):
         self._sync.apply(run, len(self._sync.units), went_on)
 
 
+class _Outcome(Generic[T]):
+    def __init__(self, job: Callable[[], T]) -> None:
+        self._job = job
+        self._values: list[T] = []
+        self._failure: BaseException | None = None
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._values.append(self._job())
+        except BaseException as error:  # raised again by result()
+            self._failure = error
+        self._ended.set()
+
+    def result(self) -> T:
+        self._ended.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self._values[0]
+
+
 class Worker:
     """Runs jobs one after the other on one daemon thread, which does not keep a process alive that has failed.
 
@@ -214,28 +236,12 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def __call__(self, job: Callable[[], T]) -> Callable[[], T]:
-        outcome: list[T] = []
-        failure: list[BaseException] = []
-        ended = threading.Event()
-
-        def run() -> None:
-            try:
-                outcome.append(job())
-            except BaseException as error:  # raised again by result()
-                failure.append(error)
-            ended.set()
-
-        def result() -> T:
-            ended.wait()
-            if failure:
-                raise failure[0]
-            return outcome[0]
-
+        outcome = _Outcome(job)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="hf_edit-sync", daemon=True)
             self._thread.start()
-        self._jobs.put(run)
-        return result
+        self._jobs.put(outcome.run)
+        return outcome.result
 
     def _work(self) -> None:
         while True:
@@ -246,6 +252,7 @@ beside: Runner[Any] = Worker()
 
 
 def at_once(job: Callable[[], T]) -> Callable[[], T]:
-    """Runs `job` here and now: the same result, without the overlap."""
-    value = job()
-    return lambda: value
+    """Runs `job` here and now: the same result, or failure, without the overlap."""
+    outcome = _Outcome(job)
+    outcome.run()
+    return outcome.result

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,35 +20,11 @@ from hf_edit.config import EDiTConfig
 from hf_edit.method.outer import OuterState, outer_rule
 from hf_edit.method.penalty import DetectorState, clip_factor, pseudo_gradient, square_norm, weighed
 from hf_edit.method.plan import SyncPlan, SyncRecord, make_plan
-from hf_edit.peers.faults import Pending
 from hf_edit.peers.group import Conversation
 from hf_edit.peers.replica import Replica
-from hf_edit.sync.measure import HostCopy, Scratch, Stopwatch, phase
+from hf_edit.sync.measure import Scratch, Stopwatch, phase
+from hf_edit.sync.running import Running
 from hf_edit.sync.units import Unit
-
-
-@dataclass
-class Running:
-    """A sync under way; what is kept for a unit is by its index. `plan` and `detectors` (after this sync) come with the
-    exchange."""
-
-    number: int
-    begun_at: float
-    members: list[int]
-    gathered: Callable[[], Tensor]
-    tally_names: list[str]
-    bytes_before: int
-    deltas: list[Tensor]  # of a delayed sync, in host memory
-    plan: SyncPlan | None = None
-    detectors: DetectorState | None = None
-    launched: int = 0  # units whose all-reduce has been started; always in the units' order
-    flying: dict[int, tuple[Tensor, Pending]] = field(default_factory=dict)
-    averages: dict[int, Tensor] = field(default_factory=dict)  # reduced, and yet to be applied
-    applied: int = 0  # units that took the anchor; always in the units' order
-    square_norms: dict[int, Tensor] = field(default_factory=dict)  # of the averages, this rank's part
-    factors: dict[int, Tensor] = field(default_factory=dict)  # by which the averages are clipped
-    replica_squares: list[Tensor] = field(default_factory=list)  # of the averages, over the replica; [] each
-    wait_seconds: float = 0.0  # that the training waited for the other replicas
 
 
 class OuterSync:
@@ -164,12 +139,11 @@ class OuterSync:
     def launch(self, run: Running, end: int) -> None:
         """Starts the all-reduces of the units before `end` that have not been started; None flies where nothing
         changes."""
-        assert run.plan is not None
         while run.launched < min(end, len(self.units)):
             index, run.launched = run.launched, run.launched + 1
-            if run.plan.unchanged[index]:
+            if run.decided.unchanged[index]:
                 continue
-            weight = float(run.plan.weights[index, self.peers.replica])
+            weight = float(run.decided.weights[index, self.peers.replica])
             if run.deltas:  # which are needed again
                 gradient = weighed(run.deltas[index], weight, out=self._scratch.take(run.deltas[index]))
             else:
@@ -266,9 +240,8 @@ class OuterSync:
     @phase("write")
     def _write(self, run: Running, index: int, anchor: Tensor, correction: Tensor | None) -> None:
         """A unit takes the anchor, or adds the correction unless it is broken."""
-        assert run.plan is not None
         unit, state = self.units[index], self.states[index]
-        broken = not run.plan.norms[index, self.peers.replica].isfinite()
+        broken = not run.decided.norms[index, self.peers.replica].isfinite()
         unit.drop_gathered()
         added = None if broken else correction
         for part, value in zip(unit.parts(), state.views(anchor if added is None else added), strict=True):
@@ -306,8 +279,6 @@ class OuterSync:
         return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def _end(self, run: Running) -> None:
-        plan = run.plan
-        assert plan is not None
         assert run.detectors is not None
         self.detectors, self.sync_count, self.running = run.detectors, run.number, None
         now = self.clock()
@@ -315,28 +286,10 @@ class OuterSync:
             self.waited_until = now
         if run.square_norms:
             self._over_replica(run, list(run.square_norms.values()))
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        squares = torch.stack([zero, *run.replica_squares]).sum()
-        clipped = torch.stack([zero, *run.factors.values()]).lt(1.0).sum() - 1  # the zero
-        outcome = HostCopy(torch.stack([squares, clipped.double()]))
-        exposed = self.exposed.lap()
         interval_seconds, self._last_end = now - self._last_end, now
         sync_bytes = self.peers.bytes_sent - run.bytes_before
-
-        def record() -> SyncRecord:
-            square_norm, num_clipped = outcome.read()
-            return SyncRecord(
-                sync=run.number,
-                plan=plan,
-                unit_names=[unit.name for unit in self.units],
-                sync_seconds=now - run.begun_at,
-                exposed_seconds=exposed(),
-                wait_seconds=run.wait_seconds,
-                sync_bytes=sync_bytes,
-                interval_seconds=interval_seconds,
-                pseudo_grad_norm=square_norm**0.5,
-                clipped_units=int(num_clipped),
-            )
-
-        if float(plan.tallies["inner_steps"].sum()) > 0:  # else nobody has anything to tell of
+        names = [unit.name for unit in self.units]
+        record = run.recorder(names, self.exposed.lap(), now, interval_seconds, sync_bytes, self.device)
+        run.deltas.clear()  # the record keeps no memory that is used again
+        if float(run.decided.tallies["inner_steps"].sum()) > 0:  # else nobody has anything to tell of
             self._finished.append(record)
