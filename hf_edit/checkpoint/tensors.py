@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
 from hf_edit.peers.layout import Layout
+from hf_edit.peers.replica import gather_object
 from hf_edit.sync.units import like_param, local_part
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,7 @@ class ReplicaRanks:
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank of the replica, in their order."""
-        if self.layout.replica_size == 1:
-            return [value]
-        everyone: list[Any] = [None] * self.layout.replica_size
-        dist.all_gather_object(everyone, value, group=self.group)
-        return everyone
+        return gather_object(value, self.layout.replica_size, self.group)
 
 
 def pack(optimizer: Any, owners: Owners, ranks: ReplicaRanks) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -35,11 +35,11 @@ class Unit:
         """This rank's part of each parameter, sharing the parameter's memory."""
         return [local_part(param) for param in self.params]
 
-    def reshard(self) -> None:
-        """Drops gathered copies, which a forward pass without backward may have left; the next use gathers anew."""
+    def drop_gathered(self) -> None:
+        """Drops gathered copies, which a forward pass without backward may have left, and those that a prefetch has on
+        their way; the next use gathers anew."""
         for module in self.modules:
-            if isinstance(module, FSDPModule):
-                module.reshard()
+            reshard(module, recurse=False)
 
     def start_gathering(self) -> None:
         """Starts the all-gather on the current stream, so that it is ordered after what was just written to the
@@ -164,11 +164,21 @@ def _route_gradients(model: nn.Module, hook: Callable[[Tensor], None] | None, dd
             module.require_forward_param_sync = ddp_averages  # else the next forward pass still broadcasts buffers
 
 
-def reshard(model: nn.Module) -> None:
-    """Puts the shards back in the place of gathered copies, which a forward pass without backward leaves behind."""
-    for module in model.modules():
+def reshard(model: nn.Module, recurse: bool = True) -> None:
+    """Puts the shards back in the place of gathered copies, those on their way too."""
+    for module in model.modules() if recurse else [model]:
         if isinstance(module, FSDPModule):
+            if _is_gathering(module):
+                module.unshard()  # waits; else the next forward pass would take it for one of its own
             module.reshard()
+
+
+def _is_gathering(module: FSDPModule) -> bool:
+    # Private in torch 2.13, which has no public way to ask. Without these names every module is gathered once more
+    # than needed, and the values are right; tests/dist/test_groups.py fails when they move.
+    groups = getattr(_fsdp_state(module), "_fsdp_param_groups", None)
+    results = [True] if groups is None else [getattr(group, "_all_gather_result", True) for group in groups]
+    return any(result is not None for result in results)
 
 
 def _fsdp_state(module: FSDPModule) -> object:

@@ -110,7 +110,7 @@ class TrainerCheckpoints(_TrainerToBe):
         up to the first that can be resumed. The ranks may see different disks.
         """
         if dist.is_initialized():
-            dist.barrier()  # rank 0 may still be at the end of what a training of this process has saved
+            self._get_peers().barrier()  # rank 0 may still be at the end of what a training of this process has saved
         others = {Path(path) for theirs in self._of_all_ranks([str(path) for path in found]) for path in theirs}
         newest_first = sorted(others - {named}, key=lambda path: int(path.name.split("-")[1]), reverse=True)
         merged: dict[Path, str | None] = {}
@@ -122,13 +122,8 @@ class TrainerCheckpoints(_TrainerToBe):
                 break
         return merged
 
-    @staticmethod
-    def _of_all_ranks(value: Any) -> list[Any]:
-        if not dist.is_initialized():
-            return [value]
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, value)
-        return everyone
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        return self._get_peers().gather_object(value) if dist.is_initialized() else [value]
 
     # -- in -----------------------------------------------------------------------------------------------------------
 
@@ -136,7 +131,7 @@ class TrainerCheckpoints(_TrainerToBe):
         """What a checkpoint is of."""
         group = dist.group.WORLD if dist.is_initialized() else None
         if self.edit_layout.num_replicas > 1:
-            group = self._get_peers().replica_group
+            group = self._get_peers().inside.group
         return checkpoint.Training(self.edit_layout, self.model_wrapped, self.optimizer, group, self._engine)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -199,7 +194,7 @@ class TrainerCheckpoints(_TrainerToBe):
         if not self.args.save_only_model:
             if self._writes_shared():
                 start(folder)
-            dist.barrier()  # nobody writes into it before
+            self._get_peers().barrier()  # nobody writes into it before
         super()._save_checkpoint(model, trial)
         if not self.args.save_only_model and self._writes_shared():
             sync_to_disk(folder / "trainer_state.json")  # the older checkpoints may be gone
@@ -236,7 +231,7 @@ class TrainerCheckpoints(_TrainerToBe):
         super()._save_rng_state(output_dir)
         if self._engine is None:
             return
-        dist.barrier()  # every rank has written its part
+        self._get_peers().barrier()  # every rank has written its part
         if self._writes_shared():
             manifest = checkpoint.describe(
                 self._training(), self.state.global_step, self.edit_config, self._replicas_of_the_folder()

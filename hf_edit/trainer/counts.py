@@ -79,7 +79,7 @@ class TrainerCounts(_TrainerToBe):
     def _gather_in_replica(self) -> Iterator[None]:
         """Inside, `accelerator.gather` (and so `gather_for_metrics`) reaches the ranks of the replica only."""
         assert self._peers is not None
-        self.accelerator.gather = of_nested(self._peers.gather_in_replica)
+        self.accelerator.gather = of_nested(self._peers.inside.gather)
         try:
             yield
         finally:

@@ -174,7 +174,7 @@ class TrainerDecisions(_TrainerToBe):
         if self._jit is None or self._engine is None:
             return False
         count = torch.tensor(float(self._jit.requested), device=self.args.device)
-        return float(self._engine.peers.sum_in_replica(count)) > 0
+        return float(self._engine.peers.inside.sum(count)) > 0
 
     def _say_what_moves(self) -> None:
         hint = " Make eval_steps and save_steps multiples of sync_interval to keep them where they are."

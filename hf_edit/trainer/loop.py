@@ -228,17 +228,17 @@ class EDiT:
         first = self.layout.rank == 0
         if first:
             start(folder)
-        _barrier()
+        self._accelerator.wait_for_everyone()
         host = {
             "rank": {"own_steps": self._own_steps},
             "stateful": {name: thing.state_dict() for name, thing in stateful.items()},
         }
         step = self._steps_of_all
         checkpoint.save(folder, self._training(), step, host, write_outer=self.layout.replica == 0)
-        _barrier()
+        self._accelerator.wait_for_everyone()
         if first:
             seal(folder, checkpoint.describe(self._training(), step, self.config))
-        _barrier()
+        self._accelerator.wait_for_everyone()
 
     def load(self, folder: str | Path, **stateful: Any) -> int:
         """Takes what `save` wrote, also by another number of replicas and shards; the optimizer steps taken until then
@@ -276,10 +276,5 @@ class EDiT:
     def _training(self) -> checkpoint.Training:
         group = dist.group.WORLD if dist.is_initialized() else None
         if self.layout.num_replicas > 1:
-            group = self._peers.replica_group
+            group = self._peers.inside.group
         return checkpoint.Training(self.layout, self._model, self._optimizer, group, self._engine)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from transformers import DefaultFlowCallback, Trainer, TrainerControl
 from transformers.trainer_utils import has_length
 
@@ -192,8 +191,7 @@ class TrainerProgress(_TrainerToBe):
             ValueError: a rank has no batch at all, or only some ranks know how many they have.
         """
         mine = len(dataloader) if has_length(dataloader) else None
-        lengths: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(lengths, mine)
+        lengths = self._get_peers().gather_object(mine)
         if len(set(lengths)) == 1 and mine != 0:
             return dataloader
         if None in lengths or 0 in lengths:

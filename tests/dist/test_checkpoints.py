@@ -109,7 +109,7 @@ class Trained:
 
     @property
     def training(self) -> checkpoint.Training:
-        return checkpoint.Training(self.layout, self.model, self.optimizer, self.peers.replica_group, self.engine)
+        return checkpoint.Training(self.layout, self.model, self.optimizer, self.peers.inside.group, self.engine)
 
     def train(self, first: int, last: int) -> None:
         for step in range(first, last):
@@ -135,7 +135,7 @@ class Trained:
 
     def load(self, folder: Path) -> None:
         manifest = Manifest.read(folder)
-        checkpoint.load_model(folder, self.model, self.peers.replica_group)
+        checkpoint.load_model(folder, self.model, self.peers.inside.group)
         checkpoint.load_inner(folder, manifest, self.training)
         self.engine = self.new_engine(manifest.schedule_step)
         checkpoint.load_outer(folder, manifest, self.training)
@@ -271,7 +271,7 @@ def test_a_rule_with_tensors_of_other_names_is_saved_by_them(tmp_path: Path) -> 
             state.tensors["second"] += number + rank
         one.save(tmp_path / "saved", 2)
         manifest = Manifest.read(tmp_path / "saved")
-        checkpoint.load_model(tmp_path / "saved", other.model, other.peers.replica_group)
+        checkpoint.load_model(tmp_path / "saved", other.model, other.peers.inside.group)
         checkpoint.load_inner(tmp_path / "saved", manifest, other.training)
         checkpoint.load_outer(tmp_path / "saved", manifest, other.training)
         assert any(name.endswith("/second") for name in one.state())
@@ -304,7 +304,7 @@ def test_one_replica_saves_what_several_continue(tmp_path: Path) -> None:
         one = Trained(1, "adam")
         one.engine = None  # type: ignore[assignment]
         manifest = Manifest.read(tmp_path / "two")
-        checkpoint.load_model(tmp_path / "two", one.model, one.peers.replica_group)
+        checkpoint.load_model(tmp_path / "two", one.model, one.peers.inside.group)
         checkpoint.load_inner(tmp_path / "two", manifest, one.training)
         assert all(float(entries["step"]) == 5 for entries in one.optimizer.state.values())
 
@@ -355,7 +355,7 @@ def test_a_malicious_index_is_refused_and_not_run(tmp_path: Path) -> None:
                 index.write_bytes(pickle.dumps(Malicious(f"touch {trace}")))
         dist.barrier()
         for load in (
-            lambda: checkpoint.load_model(folder, one.model, one.peers.replica_group),
+            lambda: checkpoint.load_model(folder, one.model, one.peers.inside.group),
             lambda: checkpoint.load_inner(folder, Manifest.read(folder), one.training),
             lambda: checkpoint.load_outer(folder, Manifest.read(folder), one.training),
         ):
