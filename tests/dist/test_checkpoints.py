@@ -19,7 +19,7 @@ from hf_edit.checkpoint.outer import outer_tensors
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout
-from hf_edit.sync.background import at_once
+from hf_edit.sync.overlap import at_once
 from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import local_part
 from tests.dist.nets import FEATURES, Net, batch, shard
