@@ -155,13 +155,20 @@ class ProcessGroupPeers:
 
     def gather_in_replica(self, tensor: Tensor) -> Tensor:
         """`tensor` of each rank of this replica, one after the other along dim 0."""
-        tensor = tensor.contiguous()  # as NCCL wants it
+        tensor = tensor.detach().contiguous()  # as NCCL wants it
         parts = [torch.empty_like(tensor) for _ in range(self.layout.replica_size)]
         if self.layout.replica_size > 1:
             dist.all_gather(parts, tensor, group=self.replica_group)
         else:
             parts = [tensor]
         return torch.stack(parts) if tensor.ndim == 0 else torch.cat(parts)
+
+    def gather_objects_in_replica(self, value: Any) -> list[Any]:
+        """`value`, which can be pickled, of each rank of this replica."""
+        values = [value] * self.layout.replica_size
+        if self.layout.replica_size > 1:
+            dist.all_gather_object(values, value, group=self.replica_group)
+        return values
 
     def _watch(self, work: Any) -> None:
         deadline = time.monotonic() + self.timeout.total_seconds()

@@ -27,6 +27,7 @@ class TrainerDecisions(_TrainerToBe):
     _postponed: set[str]
     _agreed: set[str] | None
     _counted_steps: int
+    _step_is_empty: bool
 
     def _decide_with_the_others(self) -> bool:
         """Counts the step, and does what any rank wants done on equal replicas, on all of them at the same step.
@@ -106,7 +107,7 @@ class TrainerDecisions(_TrainerToBe):
         if self._own_steps == self._counted_steps:
             return False
         self._counted_steps = self._own_steps
-        skipped = self.accelerator.optimizer_step_was_skipped
+        skipped = self.accelerator.optimizer_step_was_skipped or self._step_is_empty
         if not self._engine.warming_up:
             self.edit_stats.inner_steps += not skipped
             self.edit_stats.hsdp_bytes += self._gradient_bytes

@@ -21,6 +21,7 @@ ORDER = [
     "sync.engine",
     "telemetry.logs",
     "trainer.accelerate_hook",
+    "trainer.world",
     "trainer.counts",
     "trainer.progress",
     "trainer.decisions",
