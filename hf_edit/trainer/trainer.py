@@ -43,7 +43,7 @@ from hf_edit.trainer.checkpoints import EDiTCheckpointMark, TrainerCheckpoints
 from hf_edit.trainer.counts import TrainerCounts
 from hf_edit.trainer.decisions import TrainerDecisions
 from hf_edit.trainer.progress import TrainerProgress
-from hf_edit.trainer.world import ReplicaAccelerator, check_generation
+from hf_edit.trainer.world import ReplicaAccelerator, check_generation, check_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
         self._postponed: set[str] = set()
         self._said: set[str] = set()
         super().__init__(*args, **kwargs)
+        check_sampling(self, self.edit_layout)
         self._say_what_trains()
         if self.edit_layout.num_replicas > 1:
             self.add_callback(_EngineDriver(self))

@@ -232,3 +232,25 @@ def check_generation(args: Any, layout: Layout, warmup_steps: int) -> None:
             f"counted over all replicas (each is used in {uses} batches, a step takes "
             f"{args.gradient_accumulation_steps}). End it where new ones are generated."
         )
+
+
+def check_sampling(trainer: Any, layout: Layout) -> None:
+    """Ranks that shard a model all take part in each of its forward passes, so they sample the same number of tokens.
+
+    Args:
+        trainer: one that is made; those that do not sample pass.
+
+    Raises:
+        ValueError: what was given, what is needed, what to do.
+    """
+    sampling = getattr(trainer, "generation_config", None)
+    if layout.num_replicas == 1 or layout.replica_size == 1 or sampling is None:
+        return
+    if getattr(trainer, "rollout_func", None) is None and sampling.min_new_tokens != sampling.max_new_tokens:
+        raise ValueError(
+            f"The {layout.replica_size} ranks of a replica shard the model, so each waits for the others in every "
+            f"token, but a completion may end after min_new_tokens={sampling.min_new_tokens} ... "
+            f"max_new_tokens={sampling.max_new_tokens}. Set generation_kwargs={{'min_new_tokens': "
+            f"{sampling.max_new_tokens}}} (what follows the end token is masked), give a rollout_func, or train "
+            f"replicas of one rank (num_replicas={layout.num_replicas * layout.replica_size})."
+        )

@@ -17,6 +17,7 @@ SCENARIOS = [
     "buffers_follow_and_blocks_may_rest",
     "losses_that_are_no_numbers_are_filtered_from_the_logs",
     "predictions_are_of_equal_replicas",
+    "batches_without_labels_teach_nothing",
 ]
 
 

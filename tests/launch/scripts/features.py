@@ -281,4 +281,6 @@ def assert_replicas_equal(trainer: Any) -> None:
 
 
 if __name__ == "__main__":
+    from tests.launch.scripts.labels import batches_without_labels_teach_nothing  # which imports from here  # noqa: F401
+
     main(globals())

@@ -95,7 +95,7 @@ def supervised_fine_tuning_with_trl() -> dict[str, Any]:
         trainer.train()
         assert trainer.edit_layout.num_replicas > 1
         assert trainer.edit_stats.syncs == 6
-        assert trainer.crossing == 0, f"{trainer.crossing} collectives of training steps leave the replica"
+        assert trainer.crossing == 0, f"{trainer.crossing} collectives of the whole world in training steps"
         assert any("mean_token_accuracy" in entry for entry in trainer.state.log_history), "TRL's metrics are gone"
         assert_replicas_equal(trainer)
         evaluated = losses(trainer, "eval_loss")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -65,32 +63,21 @@ class Scripted:
 
 
 class Cut(EDiTMixin):
-    """Counts the collectives of training steps that leave the replica."""
+    """Counts the collectives of the whole world in training steps: those that name no group."""
 
     crossing = 0
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with counted() as members:
-            loss = super().training_step(*args, **kwargs)
-        self.crossing += sum(size > self.edit_layout.replica_size for size in members)
-        return loss
+        def counting(collective: Any) -> Any:
+            def start(*tensors: Any, group: Any = None, **settings: Any) -> Any:
+                self.crossing += group is None
+                return collective(*tensors, group=group, **settings)
 
+            return start
 
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """The group's size of each collective that Python code starts inside."""
-    members: list[int] = []
-
-    def counting(collective: Any) -> Any:
-        def start(*args: Any, group: Any = None, **settings: Any) -> Any:
-            members.append(dist.get_world_size(group))
-            return collective(*args, group=group, **settings)
-
-        return start
-
-    names = ("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "broadcast", "barrier")
-    with mock.patch.multiple(dist, **{name: counting(getattr(dist, name)) for name in names}):
-        yield members
+        names = ("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "broadcast", "barrier")
+        with mock.patch.multiple(dist, **{name: counting(getattr(dist, name)) for name in names}):
+            return super().training_step(*args, **kwargs)
 
 
 class EDiTSFT(Cut, SFTTrainer):
@@ -167,7 +154,7 @@ def make(kind: type, config_kind: type, edit_config: EDiTConfig, **settings: Any
         size = 2 if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
         settings = {
             "num_generations": 2 * size, "max_completion_length": ANSWER_TOKENS, "beta": 0.1, "shuffle_dataset": False,
-            **settings,
+            "generation_kwargs": {"min_new_tokens": ANSWER_TOKENS}, **settings,
         }  # fmt: skip
     args = config_kind(
         output_dir=str(FOLDER / "trl"), per_device_train_batch_size=2, optim="sgd", lr_scheduler_type="constant",
@@ -205,7 +192,7 @@ def trl_trainers_agree_with_plain_ones() -> dict[str, Any]:
             trainer.train()
             trained.append(parameters(trainer))
         assert trainer.edit_layout.num_replicas > 1
-        assert trainer.crossing == 0, f"{name}: {trainer.crossing} collectives of training steps leave the replica"
+        assert trainer.crossing == 0, f"{name}: {trainer.crossing} collectives of the whole world in training steps"
         assert grpo_module.gather is accelerate.utils.gather, "a name stayed changed"
         if dist.get_rank() == 0:
             apart = distance(trained[1], trained[0])
@@ -221,7 +208,6 @@ def sampling_by_time_with_a_slow_replica() -> dict[str, Any]:
     size = 2 if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
     trainer = make(
         EDiTSampling, GRPOConfig, EDiTConfig(sync_seconds=1.0), max_steps=8, learning_rate=1e-3,
-        generation_kwargs={"min_new_tokens": ANSWER_TOKENS},
     )  # fmt: skip
     trainer.train()
     assert trainer.crossing == 0
