@@ -64,12 +64,20 @@ def rows(accumulation: int) -> list[dict[str, Tensor]]:
     return made
 
 
+def groups(net: nn.Module) -> list[dict[str, Any]]:
+    """As the Trainer decays weights, but no norms."""
+    return [
+        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in net.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+
+
 def simulate(
     kind: str, data: list[Any], layout: Any, accumulation: int, average: bool, warmup: int
 ) -> tuple[dict[str, Tensor], list[float], list[float]]:
     """Parameters at the end, the losses of replica 0, the mean over the replicas of their mean loss at each sync."""
     nets = [make_model() for _ in range(layout.num_replicas)]
-    inner = [torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1) for net in nets]
+    inner = [torch.optim.AdamW(groups(net), lr=1e-2) for net in nets]
     logged: list[float] = []
     means: list[float] = []
     since: list[list[float]] = [[] for _ in nets]
