@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import accelerate.utils
+import pytest
 import torch
 import torch.distributed as dist
 import trl.trainer.grpo_trainer as grpo_module
@@ -109,7 +110,7 @@ class EDiTSampling(Cut, GRPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.edit_layout.replica == self.edit_layout.num_replicas - 1:
-            time.sleep(0.3)
+            time.sleep(0.6)
         return super().training_step(*args, **kwargs)
 
 
@@ -209,6 +210,11 @@ def sampling_by_time_with_a_slow_replica() -> dict[str, Any]:
     trainer = make(
         EDiTSampling, GRPOConfig, EDiTConfig(sync_seconds=1.0), max_steps=8, learning_rate=1e-3,
     )  # fmt: skip
+    with pytest.raises(ValueError, match="completions of a prompt are compared"):
+        make(EDiTSampling, GRPOConfig, EDiTConfig(), num_generations=8)
+    if size > 1:
+        with pytest.raises(ValueError, match="min_new_tokens"):
+            make(EDiTSampling, GRPOConfig, EDiTConfig(), generation_kwargs=None)
     trainer.train()
     assert trainer.crossing == 0
     assert trainer.edit_stats.syncs >= 1
