@@ -43,11 +43,16 @@ class Replica:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """`tensor` of each rank, one after the other along dim 0; of scalars, [S]."""
-        parts = [tensor.contiguous()]  # as NCCL wants it
+        own = tensor.detach().contiguous()  # as NCCL wants it
+        parts = [own]
         if self.size > 1:
-            parts = [torch.empty_like(parts[0]) for _ in range(self.size)]
-            run(dist.all_gather, parts, tensor.contiguous(), group=self.group)
+            parts = [torch.empty_like(own) for _ in range(self.size)]
+            run(dist.all_gather, parts, own, group=self.group)
         return torch.stack(parts) if tensor.ndim == 0 else torch.cat(parts)
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """`value`, which can be pickled, of each rank."""
+        return gather_object(value, self.size, self.group)
 
     def broadcast(self, tensor: Tensor) -> None:
         """The first rank's `tensor` to all ranks, in place."""

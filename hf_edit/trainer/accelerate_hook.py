@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,11 +19,10 @@ from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedType,
     FullyShardedDataParallelPlugin,
-    recursively_apply,
     synchronize_rng_states,
 )
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -236,11 +233,6 @@ def layout_of(accelerator: Accelerator, config: EDiTConfig) -> Layout:
             "EDiT the same edit_config."
         )
     return layout
-
-
-def of_nested(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
-    """`function` for tensors in lists, tuples and dicts, too, as Accelerate's own collectives take them."""
-    return partial(recursively_apply, function)
 
 
 def read_everywhere(config: DataLoaderConfiguration) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -37,6 +38,7 @@ from hf_edit.trainer.counts import TrainerCounts
 from hf_edit.trainer.decisions import TrainerDecisions
 from hf_edit.trainer.logs import TrainerLogs
 from hf_edit.trainer.progress import GlobalSteps, TrainerProgress
+from hf_edit.trainer.world import ReplicaAccelerator, check_generation, check_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         self._steps, self._conductor = GlobalSteps(), Conductor()
         self._said: set[str] = set()
         super().__init__(*args, **kwargs)
+        check_sampling(self, self.edit_layout)
         self._say_what_trains()
         if self.edit_layout.num_replicas > 1:
             self._driver = _EngineDriver(self)
@@ -97,12 +100,14 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
 
     def create_accelerator_and_postprocess(self) -> None:
         self.edit_layout: Layout = plan_layout(self.args, self.edit_config, self.model)
+        check_generation(self.args, self.edit_layout, self.edit_config.warmup_steps)
         if self.args.process_index == 0:  # the one that reports
             go_offline_without_login(self.args.report_to)
         super().create_accelerator_and_postprocess()
         check_accelerator(self.accelerator, self.edit_layout)
         if self.edit_layout.num_replicas > 1:
             read_everywhere(self.accelerator.dataloader_config)
+            ReplicaAccelerator.take_over(self.accelerator)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         if not hasattr(self, "edit_layout"):
@@ -174,12 +179,19 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         main_input_name = getattr(self.model, "main_input_name", "input_ids")
         main_input = inputs.get(main_input_name) if isinstance(inputs, Mapping) else None
         tokens = main_input.numel() if isinstance(main_input, Tensor) else 0
+        unlabelled = any(inputs is batch for batch in self._unlabelled)
+        seen = self.state.num_input_tokens_seen
         with contextlib.ExitStack() as stack:
             if self.args.auto_find_batch_size:
                 stack.enter_context(self._same_batch_size())
-            if not self._engine.warming_up:  # what a user's or TRL's compute_loss gathers, say for its metrics
-                stack.enter_context(self._gather_in_replica())
+            stack.enter_context(self._in_step())
+            if unlabelled:
+                stack.enter_context(self.accelerator.without_gradient(model))
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if unlabelled:
+            loss = torch.zeros_like(loss)
+        if self.state.num_input_tokens_seen != seen:  # GRPO counts them here
+            self._count_input_tokens(seen, in_replica=not self._engine.warming_up)
         self._engine.tally(loss=loss / self.edit_layout.replica_size, tokens=tokens)
         return loss
 
@@ -272,6 +284,7 @@ class _EngineDriver(TrainerCallback):
         if not self.trainer._saw_training_step:
             raise passed_over(self.trainer, "training_step")
         self.trainer._engine.before_optimizer_step()
+        self.trainer._leave_out_empty_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._before_the_trainer_counts()

@@ -21,6 +21,7 @@ SCENARIOS = [
     "sigterm_saves_one_step_with_all",
     "a_subclass_may_override_without_super",
     "models_that_fsdp2_cannot_shard_are_refused",
+    "batches_without_labels_teach_nothing",
 ]
 
 

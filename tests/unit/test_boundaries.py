@@ -22,6 +22,7 @@ ORDER = [
     "telemetry.logs",
     "trainer.checks",
     "trainer.accelerate_hook",
+    "trainer.world",
     "trainer.counts",
     "trainer.progress",
     "trainer.decisions",

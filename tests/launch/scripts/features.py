@@ -397,6 +397,6 @@ def assert_replicas_equal(trainer: Any) -> None:
 
 
 if __name__ == "__main__":
-    from tests.launch.scripts import decisions
+    from tests.launch.scripts import decisions, labels
 
-    main({**vars(decisions), **globals()})
+    main({**vars(decisions), **vars(labels), **globals()})
