@@ -7,48 +7,40 @@ A line that ends in `# EDiT` is all that EDiT adds to the loop; one that ends in
 before. `edit.load(folder, scheduler=scheduler)` goes on from what `edit.save` wrote.
 
 Without --model it trains a small Llama that reads bytes, without --dataset or --train_file on Python's language
-reference, as `help()` has it. So it needs no download.
+reference, as `help()` has it. So it needs no download. Copy common.py along with this file.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from pydoc_data.topics import topics
 from time import perf_counter
 from typing import Any
 
 import datasets
 import torch
+from common import TextArguments, language_reference, load_text, packer, parse, small_llama_config, summarise, waited
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
-    LlamaConfig,
     LlamaForCausalLM,
     default_data_collator,
     get_scheduler,
-    set_seed,
 )
 
 from hf_edit import EDiT, EDiTConfig  # EDiT, was: from accelerate import Accelerator
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(TextArguments):
     """What to train, on what, and how."""
 
     _argument_group_name = "Model, data and training"
 
     model: str | None = field(default=None, metadata={"help": "A model's name on the Hub, or its folder."})
-    dataset: str | None = field(default=None, metadata={"help": "Name of a dataset on the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of --dataset."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    train_file: str | None = field(default=None, metadata={"help": "A .txt or .jsonl file to train on."})
     block_size: int = field(default=128, metadata={"help": "Tokens (bytes without --model) in a block."})
     eval_blocks: int = field(default=128, metadata={"help": "Blocks held out for evaluation."})
     output_dir: str = field(default="edit_accelerate_loop", metadata={"help": "Where model and state are left."})
@@ -64,31 +56,12 @@ class ScriptArguments:
 
 
 def main() -> None:
-    parser = HfArgumentParser(ScriptArguments, description=__doc__.split("\n\n")[0])
-    (script,) = parser.parse_args_into_dataclasses()
-    set_seed(script.seed)
+    (script,) = parse((ScriptArguments,), {}, __doc__)
     settings = dict(gradient_accumulation_steps=script.gradient_accumulation_steps, log_with=script.report_to)
-    # A dozen syncs are too few for the paper's outer momentum: see examples/pretrain.py.
-    edit_config = EDiTConfig(sync_interval=16, outer_lr=1.0, outer_momentum=0.0)  # EDiT
+    edit_config = EDiTConfig(sync_interval=16)  # EDiT
     accelerator = EDiT.accelerator(edit_config, **settings)  # EDiT, was: accelerator = Accelerator(**settings)
     accelerator.init_trackers("accelerate_loop", config=vars(script))
-    with accelerator.local_main_process_first():  # the others then read the caches
-        model, tokenizer = model_and_tokenizer(script)
-        blocks = load_blocks(script, tokenizer)
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=script.learning_rate, weight_decay=0.1)
-    # Accelerate steps a prepared scheduler once for every process.
-    steps = [count * accelerator.num_processes for count in (script.warmup_steps, script.max_steps)]
-    scheduler = get_scheduler("cosine", optimizer, *steps)
-    loading = dict(batch_size=script.batch_size, collate_fn=default_data_collator)
-    model, optimizer, scheduler, train_loader, eval_loader = accelerator.prepare(
-        model,
-        optimizer,
-        scheduler,
-        DataLoader(blocks["train"], shuffle=True, drop_last=True, **loading),
-        DataLoader(blocks["test"], **loading),
-    )
-
+    model, optimizer, scheduler, train_loader, eval_loader = prepare(accelerator, script)
     history: list[dict[str, float]] = []
     record(accelerator, history, 0, {"eval_loss": evaluate(accelerator, model, eval_loader)})
     step, begun = 0, perf_counter()
@@ -120,43 +93,42 @@ def main() -> None:
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
-        summarise(history, step, seconds, folder)
+        report(history, step, seconds, folder)
     accelerator.end_training()
+
+
+def prepare(accelerator: Any, script: ScriptArguments) -> tuple[Any, ...]:
+    """Model, optimizer, scheduler and the loaders for training and evaluation, as Accelerate wants them."""
+    with accelerator.local_main_process_first():  # the others then read the caches
+        model, tokenizer = model_and_tokenizer(script)
+        blocks = load_blocks(script, tokenizer)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=script.learning_rate, weight_decay=0.1)
+    # Accelerate steps a prepared scheduler once for every process.
+    steps = [count * accelerator.num_processes for count in (script.warmup_steps, script.max_steps)]
+    scheduler = get_scheduler("cosine", optimizer, *steps)
+    loading = dict(batch_size=script.batch_size, collate_fn=default_data_collator)
+    return accelerator.prepare(
+        model,
+        optimizer,
+        scheduler,
+        DataLoader(blocks["train"], shuffle=True, drop_last=True, **loading),
+        DataLoader(blocks["test"], **loading),
+    )
 
 
 def model_and_tokenizer(script: ScriptArguments) -> tuple[Any, Any]:
     """The named ones, or a small Llama that reads bytes and so needs no tokenizer."""
     if script.model:
         return AutoModelForCausalLM.from_pretrained(script.model), AutoTokenizer.from_pretrained(script.model)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=128, intermediate_size=336, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config), None
+    return LlamaForCausalLM(small_llama_config(256)), None
 
 
 def load_blocks(script: ScriptArguments, tokenizer: Any) -> datasets.DatasetDict:
     """Blocks of `block_size` tokens, cut from documents that end with EOS or a zero byte; the last are for test."""
-    if script.dataset:
-        rows = datasets.load_dataset(script.dataset, split=script.dataset_split)
-    elif script.train_file:
-        kind, options = ("text", {"sample_by": "paragraph"}) if script.train_file.endswith(".txt") else ("json", {})
-        rows = datasets.load_dataset(kind, data_files=script.train_file, split="train", **options)
-    else:
-        rows = datasets.Dataset.from_dict({"text": [topics[name] for name in sorted(topics)]})
-    size = script.block_size
-
-    def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        if tokenizer is None:
-            documents, end = [list(text.encode()) for text in batch[script.text_column]], 0
-        else:
-            documents = tokenizer(batch[script.text_column], add_special_tokens=False)["input_ids"]
-            end = tokenizer.eos_token_id
-        tokens = [token for document in documents for token in [*document, end]]
-        blocks = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
-        return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
-
-    blocks = rows.map(cut, batched=True, remove_columns=rows.column_names, desc="Packing")
+    rows = load_text(script, language_reference)
+    pack = packer(tokenizer, script.block_size)
+    blocks = rows.map(pack, batched=True, remove_columns=rows.column_names, desc="Packing")
     return blocks.train_test_split(min(script.eval_blocks, len(blocks) // 10), shuffle=False)
 
 
@@ -184,28 +156,28 @@ def record(accelerator: Any, history: list[dict[str, float]], step: int, *entrie
         accelerator.print({"step": step, **{name: round(value, 5) for name, value in entry.items()}})
 
 
-def summarise(history: list[dict[str, float]], steps: int, seconds: float, folder: Path) -> None:
+def report(history: list[dict[str, float]], steps: int, seconds: float, folder: Path) -> None:
     """Prints the summary and leaves it as summary.json."""
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     syncs = [entry for entry in history if "edit/sync_seconds" in entry]
+    exposed = sum(entry["edit/exposed_seconds"] for entry in syncs)
     summary = {
         "eval_loss_before": losses[0],
         "eval_loss_after": losses[-1],
         "steps": steps,
         "syncs": len(syncs),
         "sync_bytes": sum(entry["edit/sync_bytes"] for entry in syncs),
-        "waited_share": sum(entry["edit/exposed_seconds"] for entry in syncs) / seconds,
+        "waited_share": exposed / seconds,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     rows = [
         ("eval loss, before", f"{losses[0]:.3f}"),
         ("eval loss, after", f"{losses[-1]:.3f}"),
         ("steps / syncs", f"{steps} / {len(syncs)}"),
-        ("waited for syncs", f"{summary['waited_share']:.1%} of {seconds:.0f} s"),
+        waited(exposed, seconds),
         ("sent between replicas", f"{summary['sync_bytes'] / 1e6:.1f} MB a rank"),
         ("saved in", f"{folder} (model, state, summary.json)"),
     ]
-    print("\n" + "\n".join(f"{name:<27}{value}" for name, value in rows), flush=True)
+    summarise(folder, summary, rows)
 
 
 if __name__ == "__main__":

@@ -4,26 +4,20 @@
     accelerate launch --config_file accelerate_configs/cpu_2x2.yaml examples/classify.py
 
 Without --model it trains a small BERT from scratch; without --dataset or --train_file it tells praise from blame in
-sentences that it makes up ("not bad" is praise). So it needs no download.
+sentences that it makes up ("not bad" is praise). So it needs no download. Copy common.py along with this file.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-if not torch.accelerator.is_available():  # Accelerate must be told, or each process trains alone
-    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-
 import datasets
 import evaluate
+from common import parse, require_columns, summarise, train_seconds, waited
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -31,10 +25,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
-    HfArgumentParser,
     PreTrainedTokenizerFast,
     TrainingArguments,
-    set_seed,
 )
 
 from hf_edit import EDiTConfig, EDiTTrainer
@@ -78,16 +70,11 @@ DEFAULTS: dict[str, Any] = dict(
     metric_for_best_model="accuracy",
     seed=0,
     sync_interval=16,
-    outer_lr=1.0,  # a dozen syncs are too few for the paper's outer momentum: see examples/pretrain.py
-    outer_momentum=0.0,
 )
 
 
 def main() -> None:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments, EDiTConfig), description=__doc__.split("\n\n")[0])
-    parser.set_defaults(**DEFAULTS)
-    script, args, edit_config = parser.parse_args_into_dataclasses()
-    set_seed(args.seed)
+    script, args, edit_config = parse((ScriptArguments, TrainingArguments, EDiTConfig), DEFAULTS, __doc__)
     with args.main_process_first(desc="preparing the data"):  # the others then read what it has written
         texts = load_texts(script)
         num_labels = max(texts["train"]["label"]) + 1
@@ -121,7 +108,7 @@ def main() -> None:
     best = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        summarise(trainer, best["eval_accuracy"], majority=share_of_commonest(rows))
+        report(trainer, best["eval_accuracy"], majority=share_of_commonest(rows))
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -136,13 +123,14 @@ def load_texts(script: ScriptArguments) -> datasets.DatasetDict:
         rows = datasets.load_dataset("json", data_files=files)
     else:
         rows = datasets.DatasetDict({"train": datasets.Dataset.from_list(opinions())})
+    require_columns(rows["train"], ["text", "label"], "Rename yours.")
     if "test" not in rows:
         rows = rows["train"].train_test_split(0.1, seed=0)
     return datasets.DatasetDict({split: rows[split].select_columns(["text", "label"]) for split in ("train", "test")})
 
 
 def opinions() -> list[dict[str, Any]]:
-    """Made-up sentences; label 1 is praise. A word alone does not tell: "not" turns it round."""
+    """Made-up sentences; label 1 is praise. No word alone decides: "not" reverses it."""
     things = ["soup", "film", "book", "song", "city", "train", "lecture", "garden", "game", "hotel", "phone", "cake"]
     frames = ["the {} is {}", "i find the {} {}", "everybody says that the {} is {}", "yesterday the {} was {}"]
     good = ["good", "great", "lovely", "superb", "brilliant", "charming", "delightful", "splendid"]
@@ -209,10 +197,10 @@ def share_of_commonest(rows: datasets.DatasetDict) -> float:
     return sum(label == commonest for label in rows["test"]["label"]) / len(rows["test"])
 
 
-def summarise(trainer: EDiTTrainer, accuracy: float, majority: float) -> None:
+def report(trainer: EDiTTrainer, accuracy: float, majority: float) -> None:
     """Prints the summary and leaves it as summary.json."""
     history, stats = trainer.state.log_history, trainer.edit_stats
-    seconds = next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
+    seconds = train_seconds(history)
     summary = {
         "layout": str(trainer.edit_layout),
         "accuracy_before": next(entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry),
@@ -222,17 +210,16 @@ def summarise(trainer: EDiTTrainer, accuracy: float, majority: float) -> None:
         "waited_share": stats.exposed_seconds / seconds,
         **asdict(stats),
     }
-    (Path(trainer.args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     rows = [
         ("layout", f"{trainer.edit_layout} ({trainer.accelerator.distributed_type.value})"),
         ("accuracy, before", f"{summary['accuracy_before']:.1%}"),
         ("accuracy, commonest label", f"{majority:.1%}"),
         ("accuracy, best checkpoint", f"{accuracy:.1%} ({Path(summary['best_checkpoint'] or 'none').name})"),
         ("inner steps / syncs", f"{stats.inner_steps} / {stats.syncs}"),
-        ("waited for syncs", f"{summary['waited_share']:.1%} of {seconds:.0f} s"),
+        waited(stats.exposed_seconds, seconds),
         ("saved in", trainer.args.output_dir),
     ]
-    print("\n" + "\n".join(f"{name:<27}{value}" for name, value in rows), flush=True)
+    summarise(trainer.args.output_dir, summary, rows)
 
 
 if __name__ == "__main__":

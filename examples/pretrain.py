@@ -6,57 +6,46 @@
 Without --dataset or --train_file it reads the Python source files of the running interpreter's standard library, so it
 needs no download. It trains a byte-level BPE tokenizer on the corpus when none is named, packs documents into blocks,
 holds out documents for validation, evaluates before, during and after training, and leaves in --output_dir the model,
-the tokenizer, loss.png and summary.json. Every knob is a flag: see --help.
+the tokenizer, loss.png and summary.json. Every setting is a flag: see --help. Copy common.py along with this file.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sysconfig
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-if not torch.accelerator.is_available():  # Accelerate must be told, or each process trains alone
-    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-
 import datasets
 import evaluate
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoTokenizer,
-    HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
+import torch
+from common import (
+    TextArguments,
+    load_text,
+    packer,
+    parse,
+    small_llama_config,
+    standard_library,
+    summarise,
+    train_seconds,
+    train_tokenizer,
+    waited,
 )
+from transformers import AutoTokenizer, LlamaForCausalLM, TrainingArguments, default_data_collator
 
 from hf_edit import EDiTConfig, EDiTTrainer
 
-EOS = "<|endoftext|>"
-
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(TextArguments):
     """What to train, and on what."""
 
     _argument_group_name = "Model and data"
 
-    dataset: str | None = field(default=None, metadata={"help": "Name of a dataset on the Hub."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of --dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of --dataset."})
     streaming: bool = field(default=False, metadata={"help": "Stream --dataset instead of downloading it."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    train_file: str | None = field(default=None, metadata={"help": "A .txt, .jsonl or .parquet file to train on."})
     validation_documents: int = field(default=24, metadata={"help": "Documents held out for validation."})
     max_eval_blocks: int = field(default=256, metadata={"help": "Blocks of the held-out text to evaluate on."})
     tokenizer: str | None = field(default=None, metadata={"help": "A tokenizer's name or folder. Unset: train one."})
@@ -89,30 +78,24 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def main() -> None:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments, EDiTConfig), description=__doc__.split("\n\n")[0])
-    parser.set_defaults(**DEFAULTS)
-    script, args, edit_config = parser.parse_args_into_dataclasses()
-    set_seed(args.seed)
+    script, args, edit_config = parse((ScriptArguments, TrainingArguments, EDiTConfig), DEFAULTS, __doc__)
     with args.main_process_first(desc="preparing the data"):  # the others then read the caches
         documents = load_documents(script)
         tokenizer = load_tokenizer(script, args, documents)
         train_blocks, eval_blocks = split_and_pack(script, args, documents, tokenizer)
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=script.hidden_size,
-            intermediate_size=script.hidden_size * 8 // 3 // 16 * 16,
-            num_hidden_layers=script.num_layers,
-            num_attention_heads=script.num_heads,
-            num_key_value_heads=script.num_heads,
-            max_position_embeddings=max(script.block_size, 512),
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    config = small_llama_config(
+        len(tokenizer),
+        hidden_size=script.hidden_size,
+        intermediate_size=script.hidden_size * 8 // 3 // 16 * 16,
+        num_hidden_layers=script.num_layers,
+        num_attention_heads=script.num_heads,
+        max_position_embeddings=max(script.block_size, 512),
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     trainer = EDiTTrainer(
-        model=model,
+        model=LlamaForCausalLM(config),
         args=args,
         train_dataset=train_blocks,
         eval_dataset=eval_blocks,
@@ -125,93 +108,44 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        unigram = unigram_perplexity(train_blocks, eval_blocks, len(tokenizer))
-        summarise(trainer, unigram)
+        report(trainer, unigram_perplexity(train_blocks, eval_blocks, len(tokenizer)))
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
 def load_documents(script: ScriptArguments) -> Any:
-    """The corpus, one document a row, in a column called "text"."""
-    if script.dataset:
-        rows = datasets.load_dataset(
-            script.dataset, script.dataset_config, split=script.dataset_split, streaming=script.streaming
-        )
-    elif script.train_file:
-        kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-        suffix = Path(script.train_file).suffix
-        if suffix not in kinds:
-            raise ValueError(f"--train_file {script.train_file}: one of {', '.join(kinds)} is needed, not {suffix!r}.")
-        options = {"sample_by": "paragraph"} if suffix == ".txt" else {}
-        rows = datasets.load_dataset(kinds[suffix], data_files=script.train_file, split="train", **options)
-    else:
-        files = sorted(str(path) for path in Path(sysconfig.get_paths()["stdlib"]).rglob("*.py") if is_source(path))
-        rows = datasets.load_dataset("text", data_files=files, sample_by="document", split="train")
-    if rows.column_names is not None and script.text_column not in rows.column_names:
-        raise ValueError(f"--text_column {script.text_column}: the data has the columns {rows.column_names}.")
-    if script.text_column != "text":
-        rows = rows.rename_column(script.text_column, "text")
-    rows = rows.select_columns(["text"]).filter(lambda row: bool(row["text"].strip()))
-    return rows.shuffle(seed=0)
-
-
-def is_source(path: Path) -> bool:
-    """True for a file of the standard library that is its own code, in UTF-8."""
-    if {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
-        return False
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+    """The corpus in a random order, one document a row, in a column called "text"."""
+    rows = load_text(script, standard_library, streaming=script.streaming)
+    return rows.filter(lambda row: bool(row["text"].strip())).shuffle(seed=0)
 
 
 def load_tokenizer(script: ScriptArguments, args: TrainingArguments, documents: Any) -> Any:
     """The named tokenizer, or a byte-level BPE trained on the corpus by the first process and read by the others."""
     if script.tokenizer:
         return AutoTokenizer.from_pretrained(script.tokenizer)
-    folder = Path(args.output_dir)
     if args.local_process_index == 0:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=script.vocab_size,
-            special_tokens=[EOS],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
         texts = (row["text"] for row in (documents.take(5_000) if script.streaming else documents))
-        tokenizer.train_from_iterator(texts, trainer)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, bos_token=EOS).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+        train_tokenizer(texts, script.vocab_size).save_pretrained(args.output_dir)
+    return AutoTokenizer.from_pretrained(args.output_dir)
 
 
 def split_and_pack(script: ScriptArguments, args: TrainingArguments, documents: Any, tokenizer: Any) -> tuple[Any, Any]:
     """Training and validation blocks of `block_size` tokens, cut from documents that end with EOS."""
-    held_out = script.validation_documents
-
-    def pack(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        documents = tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        tokens = [token for document in documents for token in [*document, tokenizer.eos_token_id]]
-        size = script.block_size
-        blocks = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
-        return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
-
+    held_out, pack = script.validation_documents, packer(tokenizer, script.block_size)
     packing = dict(batched=True, batch_size=64, remove_columns=["text"])
     if isinstance(documents, datasets.IterableDataset):
         eval_blocks = list(documents.take(held_out).map(pack, **packing).take(script.max_eval_blocks))
         return documents.skip(held_out).map(pack, **packing), datasets.Dataset.from_list(eval_blocks)
     if len(documents) <= held_out:
-        raise ValueError(
+        sys.exit(
             f"The corpus has {len(documents)} documents, of which --validation_documents {held_out} are held out. Give "
             "more text, or hold out fewer."
         )
     eval_blocks = documents.select(range(held_out)).map(pack, desc="Packing validation text", **packing)
     train_blocks = documents.select(range(held_out, len(documents))).map(pack, desc="Packing training text", **packing)
     if not len(train_blocks) or not len(eval_blocks):
-        raise ValueError(
+        sys.exit(
             f"The corpus fills {len(train_blocks)} training and {len(eval_blocks)} validation blocks of --block_size "
             f"{script.block_size} tokens; both need at least one. Give more text, or a smaller block."
         )
@@ -272,12 +206,11 @@ def batches(blocks: Any, most: int = 50_000) -> Iterator[list[list[int]]]:
 # -- what came of it --------------------------------------------------------------------------------------------------
 
 
-def summarise(trainer: EDiTTrainer, unigram: float) -> None:
+def report(trainer: EDiTTrainer, unigram: float) -> None:
     """Prints the summary and leaves it as summary.json, beside loss.png."""
     history, stats, folder = trainer.state.log_history, trainer.edit_stats, Path(trainer.args.output_dir)
     perplexities = [entry["eval_perplexity"] for entry in history if "eval_perplexity" in entry]
-    seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_loss" in entry)
-    waited = stats.exposed_seconds / seconds
+    seconds = train_seconds(history)
     draw(history, folder / "loss.png")
     summary = {
         "layout": str(trainer.edit_layout),
@@ -286,21 +219,20 @@ def summarise(trainer: EDiTTrainer, unigram: float) -> None:
         "perplexity_unigram": unigram,
         "perplexity_trained": perplexities[-1] if perplexities else None,
         "train_seconds": seconds,
-        "waited_share": waited,
+        "waited_share": stats.exposed_seconds / seconds,
         **asdict(stats),
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     rows = [
         ("layout", f"{trainer.edit_layout} ({trainer.accelerator.distributed_type.value})"),
         ("perplexity, untrained", show(summary["perplexity_untrained"])),
         ("perplexity, unigram model", show(unigram)),
         ("perplexity, trained", show(summary["perplexity_trained"])),
         ("inner steps / syncs", f"{stats.inner_steps} / {stats.syncs}"),
-        ("waited for syncs", f"{waited:.1%} of {seconds:.0f} s"),
+        waited(stats.exposed_seconds, seconds),
         ("sent between replicas", sent(stats)),
         ("saved in", f"{folder} (model, tokenizer, loss.png, summary.json)"),
     ]
-    print("\n" + "\n".join(f"{name:<27}{value}" for name, value in rows), flush=True)
+    summarise(folder, summary, rows)
 
 
 def show(perplexity: float | None) -> str:
@@ -312,8 +244,8 @@ def sent(stats: Any) -> str:
         return "nothing (one replica)"
     share = stats.hsdp_bytes / max(stats.sync_bytes, 1)
     return (
-        f"{stats.sync_bytes / 1e6:.1f} MB a rank after the warm-up; averaging every gradient, as FSDP does, would "
-        f"have sent {stats.hsdp_bytes / 1e6:.1f} MB ({share:.1f} times)"
+        f"{stats.sync_bytes / 1e6:.1f} MB a rank; averaging every gradient would have sent "
+        f"{stats.hsdp_bytes / 1e6:.1f} MB ({share:.1f} times)"
     )
 
 

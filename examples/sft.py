@@ -5,45 +5,26 @@
 
 Without --model it starts from edit_pretrain, where examples/pretrain.py has left its Llama, or else from a small Llama
 that knows nothing; without --dataset or --train_file it learns sums that it makes up. So it needs no download.
---lora trains adapters only. TRL and peft: `pip install -e ".[examples,trl,peft]"`.
+--lora trains adapters only. TRL and peft: `pip install -e ".[examples,trl,peft]"`. Copy common.py along with this file.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-
-if not torch.accelerator.is_available():  # Accelerate must be told, or each process trains alone
-    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-
 import datasets
+from common import PRETRAINED, parse, require_columns, starting_model, summarise, train_seconds, waited
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from hf_edit import EDiTConfig, EDiTMixin
 
-PRETRAINED = Path("edit_pretrain")
-EOS = "<|endoftext|>"
-
 
 class EDiTSFTTrainer(EDiTMixin, SFTTrainer):
-    """TRL's trainer; its replicas train alone and meet in outer syncs."""
+    """TRL's trainer, whose replicas train alone between outer syncs."""
 
 
 @dataclass
@@ -85,19 +66,15 @@ DEFAULTS: dict[str, Any] = dict(
     max_length=256,
     seed=0,
     sync_interval=16,
-    outer_lr=1.0,  # a dozen syncs are too few for the paper's outer momentum: see examples/pretrain.py
-    outer_momentum=0.0,
 )
 
 
 def main() -> None:
-    parser = HfArgumentParser((ScriptArguments, SFTConfig, EDiTConfig), description=__doc__.split("\n\n")[0])
-    parser.set_defaults(**DEFAULTS)
-    script, args, edit_config = parser.parse_args_into_dataclasses()
-    set_seed(args.seed)
+    script, args, edit_config = parse((ScriptArguments, SFTConfig, EDiTConfig), DEFAULTS, __doc__)
     with args.main_process_first(desc="preparing the data"):  # the others then read what it has written
         examples = load_examples(script).train_test_split(script.eval_examples, seed=0)
-        name = script.model or starting_model(args, examples["train"])
+        texts = (row["prompt"] + row["completion"] for row in examples["train"])
+        name = script.model or starting_model(args, texts, split_digits=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
@@ -117,7 +94,7 @@ def main() -> None:
     trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        summarise(trainer)
+        report(trainer)
 
 
 def load_examples(script: ScriptArguments) -> datasets.Dataset:
@@ -128,6 +105,9 @@ def load_examples(script: ScriptArguments) -> datasets.Dataset:
         rows = datasets.load_dataset("json", data_files=script.train_file, split="train")
     else:
         rows = datasets.Dataset.from_list(sums(4096))
+
+    columns = ["instruction", "output"]
+    require_columns(rows, columns, f"Rename yours: {' and '.join(columns)} are needed, input may be there.")
 
     def write(row: dict[str, str]) -> dict[str, str]:
         given = f"\n{row['input']}" if row.get("input") else ""
@@ -153,37 +133,11 @@ def sums(count: int) -> list[dict[str, str]]:
     return rows
 
 
-def starting_model(args: SFTConfig, examples: datasets.Dataset) -> str:
-    """The folder of what examples/pretrain.py has trained, or of a small Llama that has seen nothing yet."""
-    if (PRETRAINED / "config.json").is_file():
-        return str(PRETRAINED)
-    folder = Path(args.output_dir) / "untrained"
-    if args.local_process_index == 0:
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        bpe.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        bpe.train_from_iterator(
-            (row["prompt"] + row["completion"] for row in examples),
-            trainers.BpeTrainer(vocab_size=2048, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False),
-        )
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=EOS)
-        tokenizer.save_pretrained(folder)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=336, num_hidden_layers=4,
-            num_attention_heads=4, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-def summarise(trainer: EDiTSFTTrainer) -> None:
+def report(trainer: EDiTSFTTrainer) -> None:
     """Prints the summary and leaves it as summary.json."""
     history, stats = trainer.state.log_history, trainer.edit_stats
     evaluations = [entry for entry in history if "eval_loss" in entry]
-    seconds = next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
+    seconds = train_seconds(history)
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     before, after = evaluations[0], evaluations[-1]
     summary = {
@@ -194,7 +148,6 @@ def summarise(trainer: EDiTSFTTrainer) -> None:
         "waited_share": stats.exposed_seconds / seconds,
         **asdict(stats),
     }
-    (Path(trainer.args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     rows = [
         ("layout", f"{trainer.edit_layout} ({trainer.accelerator.distributed_type.value})"),
         ("parameters trained", f"{trained:,} of {sum(p.numel() for p in trainer.model.parameters()):,}"),
@@ -205,10 +158,10 @@ def summarise(trainer: EDiTSFTTrainer) -> None:
             f"{before['eval_mean_token_accuracy']:.1%} before, {after['eval_mean_token_accuracy']:.1%} after",
         ),
         ("inner steps / syncs", f"{stats.inner_steps} / {stats.syncs}"),
-        ("waited for syncs", f"{summary['waited_share']:.1%} of {seconds:.0f} s"),
+        waited(stats.exposed_seconds, seconds),
         ("saved in", trainer.args.output_dir),
     ]
-    print("\n" + "\n".join(f"{name:<27}{value}" for name, value in rows), flush=True)
+    summarise(trainer.args.output_dir, summary, rows)
 
 
 if __name__ == "__main__":

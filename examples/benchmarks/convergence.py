@@ -2,8 +2,8 @@
 """Validation loss at equal tokens, by method: when nothing goes wrong, and when something does.
 
     python examples/benchmarks/convergence.py --train_file train.txt --validation_file validation.txt \\
-        --json convergence.json --png convergence.png
-    python examples/benchmarks/convergence.py --table table.md --json convergence.json
+        --json convergence.jsonl --png convergence.png
+    python examples/benchmarks/convergence.py --table convergence.jsonl --png convergence.png
 
 Trains a byte-level Llama with synchronous training (the plain Trainer), Post Local SGD, DiLoCo, EDiT, EDiT with the
 paper's outer optimizer and A-EDiT, from the same seeds on the same number of tokens; then with a fault in one replica
@@ -21,7 +21,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import signal
 import statistics
 import subprocess
@@ -31,13 +30,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import exit_on_signals, open_results, provenance, save_json
-from convergence_job import BY_TIME, METHODS, SCENARIOS, SYNCHRONOUS, Job, applies, default_methods
-from convergence_report import draw, runs_of, tables
-from cost_model import bits_per_second
-from hosts import Hosts, share_cores, unavailable
+from lib.bench import exit_on_signals, worker_environment
+from lib.convergence_job import BY_TIME, METHODS, SCENARIOS, SYNCHRONOUS, Job, applies, default_methods
+from lib.convergence_report import draw, runs_of, tables
+from lib.cost_model import bits_per_second
+from lib.hosts import Hosts, share_cores, unavailable
+from lib.results import add_run, open_results, read_results
 
-HERE = Path(__file__).resolve().parent
+WORKER = "lib.convergence_worker"
 NUM_HOSTS = 2  # with --rate
 LAUNCH_FLAGS = ("json", "png", "table", "methods", "scenarios", "seeds", "timeout", "sync_seconds")
 QUICK = {"steps": 48, "warmup": 16, "tau": 8, "evaluations": 2, "seeds": [0], "fault_steps": 8, "validation_blocks": 64}
@@ -53,17 +53,17 @@ def parse() -> argparse.Namespace:
     files = parser.add_argument_group("files")
     files.add_argument("--train_file", type=Path, help="text to train on; None: the standard library's sources")
     files.add_argument("--validation_file", type=Path, help="text to evaluate on; None: some of these sources")
-    files.add_argument("--json", type=Path, help="keep every finished run here; an existing file is continued")
+    files.add_argument(
+        "--json", type=Path, metavar="JSONL", help="keep every finished run here; an existing file is continued"
+    )
     files.add_argument("--png", type=Path, help="plot validation losses here")
-    files.add_argument("--table", type=Path, metavar="FILE",
-                       help="write the tables of --json here as Markdown (- prints them), run nothing")  # fmt: skip
+    files.add_argument("--table", type=Path, metavar="JSONL", help="print the tables of this file, run nothing")
     arguments = parser.parse_args()
     if (arguments.train_file is None) != (arguments.validation_file is None):
         parser.error("--train_file and --validation_file go together: text for training must not be evaluated on.")
-    if arguments.table and not (arguments.json and arguments.json.exists()):
-        parser.error("--table reads the runs from --json, which names no file that exists.")
     if arguments.quick:
-        vars(arguments).update(QUICK)
+        parser.set_defaults(**QUICK)
+        arguments = parser.parse_args()  # what is given holds all the same
     if arguments.rate and (arguments.replicas * arguments.ranks_per_replica) % NUM_HOSTS:
         parser.error(f"--rate: {NUM_HOSTS} hosts share the ranks; their number must be a multiple of it.")
     try:
@@ -81,9 +81,9 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to run")
     group.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
                        help=f"of {', '.join(METHODS)}; None: those that the scenario is about")  # fmt: skip
-    told = "; ".join(f"{name}: {text}" for name, text in SCENARIOS.items())
+    meanings = "; ".join(f"{name}: {text}" for name, text in SCENARIOS.items())
     group.add_argument("--scenarios", nargs="+", choices=SCENARIOS, metavar="SCENARIO",
-                       default=["clean", "corrupt", "spike"], help=told)  # fmt: skip
+                       default=["clean", "corrupt", "spike"], help=meanings)  # fmt: skip
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of model, data order and fault")
     group.add_argument("--rate", help="two hosts share the ranks, with a network of this rate, as tc writes it; "
                        "None: the ranks talk over loopback")  # fmt: skip
@@ -121,10 +121,14 @@ def _add_faults(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     exit_on_signals()
     arguments = parse()
-    if arguments.table:
-        text = tables(json.loads(arguments.json.read_text(encoding="utf-8")))
-        print(text) if str(arguments.table) == "-" else arguments.table.write_text(text + "\n", encoding="utf-8")
-        return
+    results = read_results(arguments.table) if arguments.table else run_all(arguments)
+    print("\n" + tables(results))
+    if arguments.png:
+        draw(results, arguments.png)
+
+
+def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs what is not there yet; all results."""
     results = open_results(arguments.json, settings_of(arguments))
     for job in jobs(arguments, results):
         run = {
@@ -132,15 +136,10 @@ def main() -> None:
             "steps": job.steps,
             "sync_seconds": job.sync_seconds,
             **train(job, arguments),
-            "provenance": provenance(),
         }
-        results["runs"].append(run)
-        if arguments.json:
-            save_json(arguments.json, results)
+        add_run(results, run, arguments.json)
         print(f"{job.scenario} {job.method} seed {job.seed}: {run['loss']:.4f} nats a byte", flush=True)
-    print("\n" + tables(results))
-    if arguments.png:
-        draw(results, arguments.png)
+    return results
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -250,9 +249,9 @@ def train(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def launch(num_ranks: int, argument: str, log: Path, arguments: argparse.Namespace) -> str | None:
     """Runs the worker on `num_ranks` processes; what went wrong, or None. None of them is left running."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = worker_environment(TRANSFORMERS_VERBOSITY="error")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
-               str(HERE / "convergence_worker.py"), argument]  # fmt: skip
+               "-m", WORKER, argument]  # fmt: skip
     with log.open("w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
         try:
@@ -268,10 +267,9 @@ def launch(num_ranks: int, argument: str, log: Path, arguments: argparse.Namespa
 
 def launch_on_hosts(num_ranks: int, argument: str, log: Path, arguments: argparse.Namespace) -> str | None:
     """The same on two hosts with the network's rate between them."""
-    limit = None if arguments.rate == "unlimited" else arguments.rate
-    with Hosts(NUM_HOSTS, limit, cores=share_cores(NUM_HOSTS)) as hosts:
+    with Hosts(NUM_HOSTS, arguments.rate, cores=share_cores(NUM_HOSTS)) as hosts:
         try:
-            hosts.torchrun(num_ranks // NUM_HOSTS, HERE / "convergence_worker.py", argument, timeout=arguments.timeout)
+            hosts.torchrun(num_ranks // NUM_HOSTS, WORKER, argument, timeout=arguments.timeout)
         except RuntimeError as error:
             log.write_text(str(error), encoding="utf-8")
             return "failed"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What one GPU can show of a sync: its exposed time beside a step's, and that every way of carrying it out agrees.
 
-    python examples/benchmarks/gpu.py --json gpu.json
+    python examples/benchmarks/gpu.py --json gpu.jsonl
 
 Two replicas of one rank share one GPU and talk through gloo, so through host memory, as over Ethernet. A Llama of about
 1.1B parameters in bf16 is trained on random tokens with a hand-written loop: never syncing, blocking, layer by layer in
@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import markdown_table, open_results, provenance, save_json
+from lib.bench import markdown_table
+from lib.results import add_run, open_results
 
 NUM_REPLICAS = 2
 WARM_UP_STEPS = 4
@@ -56,7 +57,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence_length", type=int, default=1024, help="tokens of a sequence (1024)")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one training may take (900)")
-    parser.add_argument("--json", type=Path, help="keep every finished run here; an existing file is continued")
+    parser.add_argument(
+        "--json", type=Path, metavar="JSONL", help="keep every finished run here; an existing file is continued"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -76,9 +79,7 @@ def main() -> None:
     results = open_results(arguments.json, {**settings, "device": device})
     for way in arguments.ways:
         if way not in [run["way"] for run in results["runs"]]:
-            results["runs"].append({"way": way, **run_one(way, settings, arguments.timeout), "made": provenance()})
-            if arguments.json:
-                save_json(arguments.json, results)
+            add_run(results, {"way": way, **run_one(way, settings, arguments.timeout)}, arguments.json)
     print(table(results))
     for ways in AGREE:
         digests = {run["way"]: run["digest"] for run in results["runs"] if run["way"] in ways}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What EDiTTrainer adds to a step: with one replica against the plain Trainer, and in an inner step of two replicas.
 
-    python examples/benchmarks/overhead.py --json overhead.json
+    python examples/benchmarks/overhead.py --json overhead.jsonl
 
 Pairs of trainings of the same Llama on the same data, in alternating order. One replica: a process with EDiTTrainer
 against one with Trainer. Two replicas of one rank: both ranks of an EDiT run between two syncs, against two plain
@@ -23,11 +23,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import provenance, save_json
+from lib.bench import markdown_table
+from lib.results import add_run, open_results
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 WARM_UP_STEPS = 5
+COMPARISONS = {
+    "one_replica": "one replica, a step",
+    "inner_step_of_two_replicas": "two replicas, an inner step",
+}
 
 
 def step_seconds(kind: str, steps: int) -> float:
@@ -102,24 +107,31 @@ def compare(measure: Any, pairs: int, steps: int) -> dict[str, Any]:
     return {"ratio": statistics.median(ratios), "ratios": ratios, "plain_seconds": plain, "edit_seconds": edit}
 
 
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row for each comparison, of its newest run."""
+    rows = []
+    for name, label in COMPARISONS.items():
+        for run in [run for run in results["runs"] if run["comparison"] == name][-1:]:
+            low, high = min(run["ratios"]), max(run["ratios"])
+            rows.append([label, f"{run['ratio']:.3f}", f"{low:.3f} to {high:.3f}", len(run["ratios"])])
+    return markdown_table(["step time, EDiTTrainer's over the plain Trainer's", "median", "range", "pairs"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--pairs", type=int, default=9, help="pairs of trainings for each comparison")
-    parser.add_argument("--steps", type=int, default=150, help="steps of a training")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--pairs", type=int, default=9, help="pairs of trainings for each comparison (9)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of a training (150)")
+    parser.add_argument("--json", type=Path, metavar="JSONL", help="add the figures to this file")
     parser.add_argument("--worker", choices=["plain", "edit"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         print(f"step_seconds {step_seconds(arguments.worker, arguments.steps)}", flush=True)
         return
-    result = {
-        "one_replica": compare(one_replica, arguments.pairs, arguments.steps),
-        "inner_step_of_two_replicas": compare(two_replicas, arguments.pairs, arguments.steps),
-    }
-    for name, figures in result.items():
-        print(f"{name:<30}{figures['ratio']:.4f} of the plain Trainer's step time")
-    if arguments.json:
-        save_json(arguments.json, {**result, **provenance()})
+    results = open_results(arguments.json, {"pairs": arguments.pairs, "steps": arguments.steps})
+    for name, step_time in zip(COMPARISONS, (one_replica, two_replicas), strict=True):
+        figures = compare(step_time, arguments.pairs, arguments.steps)
+        add_run(results, {"comparison": name, **figures}, arguments.json)
+    print("\n" + table(results))
 
 
 if __name__ == "__main__":

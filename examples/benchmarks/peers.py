@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """EDiT beside its relatives on one slow link: what share of a never-syncing training's speed each keeps.
 
-    sudo python examples/benchmarks/peers.py --torchft_python torchft-env/bin/python --json peers.json --png peers.png
+    sudo python examples/benchmarks/peers.py --torchft_python torchft-env/bin/python --json peers.jsonl --png peers.png
 
 Trains the same Llama of 8.4 million parameters on two hosts of one core and one rank each: never synced (the bound),
 with DistributedDataParallel, Accelerate's LocalSGD, torchft's DiLoCo and hf_edit. Measured are steps per second and
@@ -16,7 +16,6 @@ there; `--table FILE` shows such a file and runs nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -26,19 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import (
-    exit_on_signals,
-    markdown_table,
-    open_results,
-    pair_range,
-    provenance,
-    ratio_of_medians,
-    save_json,
-    subplots,
-)
-from hosts import unavailable
-from peers_worker import Job
-from peers_worker_launch import run
+from lib.bench import exit_on_signals, markdown_table, pair_range, ratio_of_medians, share_text, subplots
+from lib.cost_model import bits_per_second
+from lib.hosts import unavailable
+from lib.peers_worker import Job
+from lib.peers_worker_launch import run
+from lib.results import add_run, open_results, read_results
 
 WARM_UP_INTERVALS = 2
 RUN_SECONDS = 1800.0
@@ -46,7 +38,7 @@ RUN_SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: what a worker is told, by the interval."""
+    """A row of the table, and what a worker does for it."""
 
     label: str
     kind: str
@@ -73,14 +65,14 @@ def methods(sync_interval: int) -> dict[str, Method]:
 
 
 def _edit(preset: str, **settings: Any) -> Method:
-    told = ", ".join(f"{name}={value}" for name, value in settings.items())
-    return Method(f"hf_edit {preset}, {told}", "edit", {"preset": preset, **settings})
+    words = ", ".join(f"{name}={value}" for name, value in settings.items())
+    return Method(f"hf_edit {preset}, {words}", "edit", {"preset": preset, **settings})
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.table:
-        show(json.loads(arguments.table.read_text(encoding="utf-8")), arguments.png)
+        show(read_results(arguments.table), arguments.png)
         return
     if (reason := unavailable()) is not None:
         sys.exit(f"peers.py: {reason}")
@@ -88,12 +80,10 @@ def main() -> None:
     names = ("tau", "rate", "steps", "batch_size", "sequence_length")
     results = open_results(arguments.json, {name: getattr(arguments, name) for name in names})
     for repeat in range(arguments.repeats):
-        # The order turns round, so that what changes on the machine meanwhile does not favour one method.
+        # Every other repeat is in reverse order, so that changes of the machine favour no method.
         for name in arguments.methods if repeat % 2 == 0 else reversed(arguments.methods):
             if not any((run["method"], run["repeat"]) == (name, repeat) for run in finished(results)):
-                add_run(results, name, repeat, arguments)
-                if arguments.json:
-                    save_json(arguments.json, results)
+                measure(results, name, repeat, arguments)
     show(results, arguments.png)
 
 
@@ -134,20 +124,11 @@ def _steps(least: int) -> Any:
 
 
 def _rate(text: str) -> str:
-    bits_per_second(text)
+    try:
+        bits_per_second(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
-
-
-def bits_per_second(rate: str) -> float:
-    """What `tc` understands by a rate.
-
-    >>> bits_per_second("100mbit")
-    100000000.0
-    """
-    found = re.fullmatch(r"([0-9.]+)([kmg]?)bit", rate)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{rate!r}: a rate such as 100mbit or 1gbit is needed")
-    return float(found[1]) * {"": 1e0, "k": 1e3, "m": 1e6, "g": 1e9}[found[2]]
 
 
 def intervals(steps: int, tau: int, kind: str) -> tuple[int, int]:
@@ -160,11 +141,11 @@ def intervals(steps: int, tau: int, kind: str) -> tuple[int, int]:
     return (1, -(-whole // 4)) if kind == "ddp" else (WARM_UP_INTERVALS, whole)
 
 
-def add_run(results: dict[str, Any], name: str, repeat: int, arguments: argparse.Namespace) -> None:
-    """Runs a method once and appends its figures to `results`, or the reason why it could not run."""
+def measure(results: dict[str, Any], name: str, repeat: int, arguments: argparse.Namespace) -> None:
+    """Runs a method once and keeps its figures in `results`, or the reason why it could not run."""
     method = methods(arguments.tau)[name]
     warm_up, measured = (count * arguments.tau for count in intervals(arguments.steps, arguments.tau, method.kind))
-    entry = {"method": name, "repeat": repeat, "measured_steps": measured, "commit": provenance()["commit"]}
+    entry = {"method": name, "repeat": repeat, "measured_steps": measured}
     begun = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -175,10 +156,10 @@ def add_run(results: dict[str, Any], name: str, repeat: int, arguments: argparse
         print(f"{name}, repeat {repeat}: not run\n{error}", file=sys.stderr, flush=True)
         entry["not run"] = reason_of(str(error))
     else:
-        told = f"{measured / max(entry['seconds']):.3f} steps/s in {time.monotonic() - begun:.0f} s of wall time"
-        print(f"{name}, repeat {repeat}: {told}", flush=True)
-    same = (name, repeat)
-    results["runs"] = [old for old in results["runs"] if (old["method"], old["repeat"]) != same] + [entry]
+        speed = f"{measured / max(entry['seconds']):.3f} steps/s in {time.monotonic() - begun:.0f} s of wall time"
+        print(f"{name}, repeat {repeat}: {speed}", flush=True)
+    results["runs"] = [old for old in results["runs"] if (old["method"], old["repeat"]) != (name, repeat)]
+    add_run(results, entry, arguments.json)
 
 
 def reason_of(output: str) -> str:
@@ -238,7 +219,7 @@ def table(results: dict[str, Any]) -> str:
     for name, method in methods(tau).items():
         found = figures(results, name)
         if found is not None:
-            share = "-" if found["share"] is None else f"{found['share']:.3f}"
+            share = "-" if found["share"] is None else share_text(found["share"])
             spread = "-" if found["range"] is None else "{:.3f} to {:.3f}".format(*found["range"])
             sent = found["sync_bytes"]
             rows.append([method.label, share, spread, f"{found['steps_per_second']:.3f}", f"{sent / 1e6:.2f}",
@@ -252,15 +233,15 @@ def table(results: dict[str, Any]) -> str:
 
 def link_line(results: dict[str, Any]) -> str:
     settings = results["settings"]
-    told = f"{settings['rate']} in each direction, a sync every {settings['tau']} steps of {settings['batch_size']} x "
-    told += f"{settings['sequence_length']} tokens a host."
+    text = f"{settings['rate']} in each direction, a sync every {settings['tau']} steps of {settings['batch_size']} x "
+    text += f"{settings['sequence_length']} tokens a host."
     bound = figures(results, "bound")
     if bound is None:
-        return told
+        return text
     traffic = bound["parameter_bytes"] * 8 / bits_per_second(settings["rate"])
     computing = settings["tau"] / bound["steps_per_second"]
-    told += f" The parameters cross the link in {traffic:.2f} s at best, {traffic / computing:.2f} of the "
-    return told + f"{computing:.2f} s that an interval computes."
+    text += f" The parameters cross the link in {traffic:.2f} s at best, {traffic / computing:.2f} of the "
+    return text + f"{computing:.2f} s that an interval computes."
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How much of the throughput is left when two hosts train over a slow network, by method.
 
-    sudo python examples/benchmarks/slow_network.py --json slow_network.json
-    python examples/benchmarks/slow_network.py --table slow_network.json
+    sudo python examples/benchmarks/slow_network.py --json slow_network.jsonl
+    python examples/benchmarks/slow_network.py --table slow_network.jsonl
 
 Two hosts (network namespaces) with two ranks each train a Llama of 8.4M parameters: HSDP, local SGD in its forms, and
 "never", which does not sync and so bounds what a method can reach. Every run of a method is paired with one of "never"
@@ -20,10 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import markdown_table, mean, pair_range, ratio_of_medians, save_json, subplots
-from cost_model import bits_per_second, expected_of_method
-from network_job import METHODS, TIMED, window
-from training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, job_settings, measure_or_tell, train
+from lib.bench import markdown_table, mean, pair_range, ratio_of_medians, share_text, subplots
+from lib.cost_model import bits_per_second, expected_of_method
+from lib.network_job import METHODS, TIMED, window
+from lib.results import add_run
+from lib.training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, job_settings, measure_or_report, train
 
 CELL = ("rate", "delay_milliseconds", "tau", "method", "units_in_flight")
 QUICK = {
@@ -52,7 +53,8 @@ def parse() -> argparse.Namespace:
     add_common_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:
-        vars(arguments).update(QUICK)
+        parser.set_defaults(**QUICK)
+        arguments = parser.parse_args()  # what is given holds all the same
     for rate in arguments.rates:
         try:
             bits_per_second(rate)
@@ -64,7 +66,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     settings = {"delay_steps": arguments.delay_steps or "half the interval"}
-    measure_or_tell(arguments, settings, measure, tables, plot, with_delay=any(arguments.delays))
+    measure_or_report(arguments, settings, measure, tables, plot, with_delay=any(arguments.delays))
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -92,9 +94,7 @@ def measure(results: dict[str, Any], arguments: argparse.Namespace) -> None:
         if cell in done:
             continue
         run = measure_pair(cell, arguments, results["step_seconds"], never_first=(number + cell["repeat"]) % 2 == 0)
-        results["runs"].append(run)
-        if arguments.json:
-            save_json(arguments.json, {**results, "summary": summary(results)})
+        add_run(results, run, arguments.json)
         name = " ".join(str(cell[part]) for part in ("rate", "delay_milliseconds", "tau"))
         print(f"{name} {label(cell)}: {run['share']:.3f} of never; the model says {run['expected_share']:.3f}, "
               f"{run['expected_error']:+.3f} off", flush=True)  # fmt: skip
@@ -164,7 +164,7 @@ def step_seconds(figures: dict[str, Any]) -> float:
     return mean([replica["window_seconds"] / replica["window_steps"] for replica in figures["replicas"]])
 
 
-# -- telling ----------------------------------------------------------------------------------------------------------
+# -- reporting ------------------------------------------------------------------------------------------------------
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     for cell in sorted({tuple(key(run).values()) for run in results["runs"]}, key=_place):
         runs = [run for run in results["runs"] if tuple(key(run).values()) == cell]
         speeds, bounds = ([run[kind]["tokens_per_second"] for run in runs] for kind in ("figures", "never"))
-        syncs = [sync for run in runs for replica in run["figures"]["replicas"] for sync in replica["syncs"]]
+        exposed = [s for run in runs for r in run["figures"]["replicas"] for s in r["syncs"]["exposed_seconds"]]
         share = ratio_of_medians(speeds, bounds)
         expected = statistics.median(run["expected_share"] for run in runs)
         found.append(
@@ -184,8 +184,7 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "share_range": pair_range(speeds, bounds),
                 "tokens_per_second": statistics.median(speeds),
                 "bytes_per_token": statistics.median(run["figures"]["bytes_per_token"] for run in runs),
-                "exposed_seconds_per_sync": mean([sync["exposed_seconds"] for sync in syncs]) if syncs else None,
-                "wait_seconds_per_sync": mean([sync["wait_seconds"] for sync in syncs]) if syncs else None,
+                "exposed_seconds_per_sync": mean(exposed) if exposed else None,
                 "expected_share": expected,
                 "expected_error": expected - share,
             }
@@ -226,31 +225,36 @@ def _labels(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The README's tables, as Markdown: shares of the bound by rate, and then everything."""
+    """Markdown: shares of the bound by rate, and then everything."""
     figures = summary(results)
     parts = []
     for (tau, delay), inside in panels(figures).items():
         methods = _labels(inside)
-        shares = {(cell["rate"], label(cell)): f"{cell['share']:.3f}" for cell in inside}
+        shares = {(cell["rate"], label(cell)): share_text(cell["share"]) for cell in inside}
         rates = sorted({cell["rate"] for cell in inside}, key=bits_per_second, reverse=True)
         rows = [[rate, *(shares.get((rate, method), "") for method in methods)] for rate in rates]
         title = f"Share of the bound, tau {tau}, delay {delay:g} ms:"
         parts += [title, markdown_table(["rate", *methods], rows)]
+    return "\n\n".join([*parts, table(results)])
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row for each cell."""
     rows = []
-    for cell in figures:
+    for cell in summary(results):
         low, high = cell["share_range"]
         exposed = cell["exposed_seconds_per_sync"]
         rows.append(
             [
                 cell["rate"], f"{cell['delay_milliseconds']:g} ms", cell["tau"] or "", label(cell),
-                f"{cell['tokens_per_second']:.0f}", f"{cell['share']:.3f}",
+                f"{cell['tokens_per_second']:.0f}", share_text(cell["share"]),
                 f"{low:.3f} to {high:.3f} ({cell['pairs']})", "" if exposed is None else f"{exposed:.2f}",
                 f"{cell['bytes_per_token']:,.0f}", f"{cell['expected_share']:.3f}", f"{cell['expected_error']:+.3f}",
             ]
         )  # fmt: skip
     heading = ["rate", "delay", "tau", "method", "tokens/s", "share of the bound", "pairs' range (number)",
                "exposed s per sync", "bytes per token", "model", "model's error"]  # fmt: skip
-    return "\n\n".join([*parts, markdown_table(heading, rows)])
+    return markdown_table(heading, rows)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """What two hosts still do together when one of them is slow, or stalls now and then, by method.
 
-    sudo python examples/benchmarks/stragglers.py --json stragglers.json
-    python examples/benchmarks/stragglers.py --table stragglers.json
+    sudo python examples/benchmarks/stragglers.py --json stragglers.jsonl
+    python examples/benchmarks/stragglers.py --table stragglers.jsonl
 
 Two hosts (network namespaces) with two ranks each train a Llama of 8.4M parameters. Host 1 gets the whole, half or a
 quarter of its core (a control group's quota), or a random host is stopped for a random time again and again, from the
@@ -21,11 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import markdown_table, mean, pair_range, save_json, subplots
-from cost_model import bits_per_second
-from network_job import METHODS, TIMED, window
-from stalls import Stalls
-from training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, job_settings, measure_or_tell, train
+from lib.bench import markdown_table, mean, pair_range, share_text, subplots
+from lib.cost_model import bits_per_second
+from lib.network_job import METHODS, TIMED, window
+from lib.results import add_run
+from lib.stalls import Stalls
+from lib.training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, job_settings, measure_or_report, train
 
 SLOW_HOST = 1
 QUOTAS = {"even": 1.0, "2x": 0.5, "4x": 0.25, "stalls": 1.0}  # of the slow host, in processor seconds per second
@@ -54,7 +55,8 @@ def parse() -> argparse.Namespace:
     add_common_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:
-        vars(arguments).update(QUICK)
+        parser.set_defaults(**QUICK)
+        arguments = parser.parse_args()  # what is given holds all the same
     try:
         bits_per_second(arguments.rate)
     except ValueError as error:
@@ -65,7 +67,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     names = ("sync_seconds", "tau", "delay_steps", "rate", "gap_seconds", "stall_seconds")
-    measure_or_tell(arguments, {name: getattr(arguments, name) for name in names}, measure, table, plot)
+    measure_or_report(arguments, {name: getattr(arguments, name) for name in names}, measure, table, plot)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -94,11 +96,9 @@ def measure(results: dict[str, Any], arguments: argparse.Namespace) -> None:
         expected = speeds(alone[-1]["figures"]) if alone else guess(results["full_speed"], item["scenario"])
         steps, least = lengths(item["method"], expected, arguments)
         figures, stalls = run_one(item["method"], item["scenario"], arguments, steps, least)
-        results["runs"].append({**item, "figures": figures, "stalls": stalls})
-        if arguments.json:
-            save_json(arguments.json, {**results, "summary": summary(results)})
-        told = ", ".join(f"{speed:.2f}" for speed in speeds(figures))
-        print(f"{item['scenario']} {item['method']}: {told} inner steps per second", flush=True)
+        add_run(results, {**item, "figures": figures, "stalls": stalls}, arguments.json)
+        by_host = ", ".join(f"{speed:.2f}" for speed in speeds(figures))
+        print(f"{item['scenario']} {item['method']}: {by_host} inner steps per second", flush=True)
 
 
 def guess(full_speed: list[float], scenario: str) -> list[float]:
@@ -156,7 +156,7 @@ def speeds(figures: dict[str, Any]) -> list[float]:
     return [replica["inner_steps_per_second"] for replica in figures["replicas"]]
 
 
-# -- telling ----------------------------------------------------------------------------------------------------------
+# -- reporting ------------------------------------------------------------------------------------------------------
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -208,7 +208,7 @@ def waits_of(figures: dict[str, Any]) -> list[float]:
     Raises:
         ValueError: the windows differ by more than that.
     """
-    hosts = [[sync["wait_seconds"] for sync in replica["syncs"]] for replica in figures["replicas"]]
+    hosts = [replica["syncs"]["wait_seconds"] for replica in figures["replicas"]]
     lengths = sorted(len(waits) for waits in hosts)
     if lengths[-1] - lengths[0] > 1:
         raise ValueError(f"The hosts' windows hold {lengths} syncs; all take part in each, so at most one is missing.")
@@ -217,14 +217,11 @@ def waits_of(figures: dict[str, Any]) -> list[float]:
 
 def wait_shares(figures: dict[str, Any]) -> list[float]:
     """The part of the window that each host waited for the other at syncs."""
-    return [
-        sum(sync["wait_seconds"] for sync in replica["syncs"]) / replica["window_seconds"]
-        for replica in figures["replicas"]
-    ]
+    return [sum(replica["syncs"]["wait_seconds"]) / replica["window_seconds"] for replica in figures["replicas"]]
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's table, as Markdown."""
+    """Markdown: a row for each scenario and method."""
 
     def shares(values: list[float] | None) -> str:
         return " / ".join(f"{100 * value:.1f} %" for value in values) if values else ""
@@ -235,7 +232,7 @@ def table(results: dict[str, Any]) -> str:
         alone = " / ".join(f"{value:.2f}" for value in cell["alone_inner_steps_per_second"])
         halves = [cell["wait_seconds_first_half"], cell["wait_seconds_second_half"]]
         waits = "" if None in halves else " then ".join(f"{value:.2f}" for value in halves)
-        rows.append([cell["scenario"], cell["method"], speed, alone, f"{cell['share']:.3f}",
+        rows.append([cell["scenario"], cell["method"], speed, alone, share_text(cell["share"]),
                      "{:.3f} to {:.3f} ({})".format(*cell["share_range"], cell["runs"]), shares(cell["idle_share"]),
                      shares(cell["wait_share"]), waits, cell["syncs"] or ""])  # fmt: skip
     heading = ["scenario", "method", "inner steps/s, host 0 / 1", "alone", "share of both alone",

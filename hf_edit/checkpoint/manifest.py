@@ -9,27 +9,34 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from hf_edit.checkpoint.storage import needed_files, sync_to_disk
 from hf_edit.sync.units import named_tensors
 
 EDIT_FOLDER = "edit"
-FORMAT = 1
+FORMAT = 2
 MARK = "EDiTCheckpointMark"  # in trainer_state.json, with the step: this checkpoint has an edit/
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds: the trained parameters with their shapes, all files with their bytes."""
+    """What a checkpoint holds: the trained parameters with their shapes, all files with their bytes.
+
+    `parts` are the replicas whose parts are in this folder: all of them, or those of a host with a disk of its own.
+    """
 
     step: int
     num_replicas: int
     replica_size: int
+    parts: list[int]
     sync_count: int
     schedule_step: int
     units: list[str]
@@ -43,10 +50,17 @@ class Manifest:
         """Raises OSError or ValueError where there is none that can be read."""
         values = json.loads((folder / EDIT_FOLDER / "manifest.json").read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}, the one that this version of hf_edit reads")
+            found = values.get("format") if isinstance(values, dict) else None
+            raise ValueError(
+                f"its format is {found}, and this version of hf_edit reads {FORMAT}; go on with the version that wrote "
+                "it, or start a new training from its weights"
+            )
         if set(values) != {f.name for f in fields(cls)}:
             raise ValueError("its manifest lacks entries")
-        return cls(**values)
+        manifest = cls(**values)
+        if not manifest.parts or not set(manifest.parts) <= set(range(manifest.num_replicas)):
+            raise ValueError(f"it has parts {manifest.parts} of {manifest.num_replicas} replicas")
+        return manifest
 
 
 def problem(folder: Path, trainer: bool = True) -> str | None:
@@ -83,7 +97,39 @@ def problem(folder: Path, trainer: bool = True) -> str | None:
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
             return f"{name} is {found}, {size} bytes were written"
-    return None
+    wrong = _wrong_parts(folder, manifest)
+    return f"edit/manifest.json says more than there is: {'; '.join(wrong[:4])}" if wrong else None
+
+
+def host_part(replica: int, shard: int) -> str:
+    """Where in a checkpoint rank `shard` of `replica` keeps what it has on the host, and the step that it is of."""
+    return f"{EDIT_FOLDER}/replica-{replica}/host-{shard}.pt"
+
+
+def _wrong_parts(folder: Path, manifest: Manifest) -> list[str]:
+    """What is missing of the parts of all ranks, or not of the manifest's step, as the files themselves say."""
+    wrong = []
+    for place in (f"{EDIT_FOLDER}/outer", *(f"{EDIT_FOLDER}/replica-{replica}" for replica in manifest.parts)):
+        try:
+            for name, size in needed_files(folder / place).items():
+                path = folder / place / name
+                if not path.is_file() or path.stat().st_size < size:
+                    wrong.append(f"{place}/{name} is {'cut off' if path.is_file() else 'missing'}")
+        except OSError:
+            wrong.append(f"{place}/.metadata is missing")
+        except ValueError as error:
+            wrong.append(str(error))
+    for name in (host_part(i, j) for i in manifest.parts for j in range(manifest.replica_size)):
+        try:
+            step = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)["step"]
+        except FileNotFoundError:
+            wrong.append(f"{name} is missing")
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
+            wrong.append(f"{name} cannot be read ({str(error).splitlines()[0]})")
+        else:
+            if step != manifest.step:
+                wrong.append(f"{name} is of step {step}, not {manifest.step}")
+    return wrong
 
 
 def has_edit_state(folder: Path) -> bool:
@@ -101,29 +147,40 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def start(folder: Path) -> None:
-    """From here on the checkpoint in `folder` is not whole, whatever was there before."""
+    """From here on the checkpoint in `folder` is not whole, whatever was there before, even if the power fails."""
     edit = folder / EDIT_FOLDER
     (edit / "manifest.json").unlink(missing_ok=True)
     (folder / "trainer_state.json").unlink(missing_ok=True)
     if edit.is_dir():
+        sync_to_disk(edit)
+        sync_to_disk(folder)
         shutil.rmtree(edit)
     edit.mkdir(parents=True)
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest, with every file that is in `folder` now, after all of them have reached the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    """Writes the manifest, with every file that is in `folder` now, after all of them have reached the disk.
+
+    Raises:
+        RuntimeError: a part of a rank is missing, or of another step. There is no manifest then.
+    """
+    if wrong := _wrong_parts(folder, manifest):
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise RuntimeError(
+            f"{folder} is not whole, and is left without a manifest: {'; '.join(wrong[:8])}{more}. All ranks must save "
+            "at the same step, in a folder that all hosts see; or each host in its own, with save_on_each_node=True."
+        )
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file()]
+    for path in (*files, *(path for path in reversed(paths) if path.is_dir()), folder, folder.absolute().parent):
+        sync_to_disk(path)
     values = {**asdict(manifest), "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}}
     target = folder / EDIT_FOLDER / "manifest.json"
     draft = target.with_suffix(".tmp")
-    with open(draft, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    draft.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    sync_to_disk(draft)
     os.replace(draft, target)
+    sync_to_disk(target.parent)
 
 
 def check_model(manifest: Manifest, model: nn.Module, folder: Path) -> None:

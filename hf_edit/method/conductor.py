@@ -93,7 +93,6 @@ class Conductor:
     def arrive(self, at: Point) -> None:
         """The rank has come to a new point; what it heard on its way there counts."""
         if at.epoch_ended:
-            self.requests.discard("epoch_stop")  # nothing is left of it to end
             self.cutting = False
         else:
             self._done.clear()
@@ -111,6 +110,8 @@ class Conductor:
 
     def next(self, at: Point) -> Move:
         """The next move at the point `at`, until it is "go on"."""
+        if at.epoch_ended:
+            self.requests.discard("epoch_stop")  # nothing is left of it to end
         if not self._heard and self._must_leave(at):
             self._leaving = True
             if at.pending:

@@ -1,69 +1,20 @@
 """The outer step of EDiT (Algorithm 2, Sync): the anchor moves against the averaged pseudo-gradient.
 
-Anchor, momentum and pseudo-gradient of a unit are flat fp32 tensors [n], n being the elements of the unit's
-parameters on this rank.
+Anchor, pseudo-gradient and what a rule keeps are flat fp32 tensors [n], n being the elements of the unit's parameters
+on this rank. A new rule is a `FlatRule` with its `tensor_names` and `update`; checkpoints take its tensors by these
+names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class OuterRule:
-    """SGD's settings for the outer step. `lr=1, momentum=0` takes the average of the replicas."""
-
-    lr: float
-    momentum: float
-    nesterov: bool
-    warmup_syncs: int = 0
-
-    @classmethod
-    def named(cls, name: str, lr: float, momentum: float, warmup_syncs: int = 0) -> OuterRule:
-        if name == "none":
-            return cls(lr=1.0, momentum=0.0, nesterov=False)
-        return cls(lr=lr, momentum=momentum, nesterov=name == "nesterov", warmup_syncs=warmup_syncs)
-
-    def at(self, sync: int) -> OuterRule:
-        """The settings for the sync number `sync`, from 0.
-
-        The momentum grows as min(momentum, sync / (sync + warmup_syncs)), and the learning rate goes from 1 to `lr` in
-        proportion, so the first sync takes the average. Not the paper's, whose settings suit runs of many syncs: at
-        once they overshoot what a short run has learnt (examples/benchmarks/convergence.py).
-
-        >>> rule = OuterRule(lr=0.8, momentum=0.85, nesterov=True, warmup_syncs=5)
-        >>> [(round(r.momentum, 3), round(r.lr, 3)) for r in (rule.at(0), rule.at(5), rule.at(100))]
-        [(0.0, 1.0), (0.5, 0.882), (0.85, 0.8)]
-        """
-        if not self.warmup_syncs or not self.momentum:
-            return self
-        momentum = min(self.momentum, sync / (sync + self.warmup_syncs))
-        return replace(self, momentum=momentum, lr=1.0 - (1.0 - self.lr) * momentum / self.momentum)
-
-
-@torch.no_grad()
-def outer_step_(anchor: Tensor, gradient: Tensor, momentum: Tensor | None, rule: OuterRule) -> None:
-    """One step of `torch.optim.SGD(lr, momentum, nesterov)` on `anchor`, in place, bit for bit.
-
-    `momentum` [n] starts as zeros and is updated in place; None when `rule.momentum` is 0. `gradient` is used up.
-
-    >>> anchor, velocity = torch.tensor([1.0]), torch.tensor([0.0])
-    >>> outer_step_(anchor, torch.tensor([0.5]), velocity, OuterRule(lr=0.5, momentum=0.5, nesterov=True))
-    >>> anchor, velocity          # 1 - 0.5 (0.5 + 0.5 * 0.5)
-    (tensor([0.6250]), tensor([0.5000]))
-    """
-    if momentum is not None:
-        momentum.mul_(rule.momentum).add_(gradient)
-        if rule.nesterov:
-            gradient.add_(momentum, alpha=rule.momentum)
-        else:
-            gradient = momentum
-    anchor.add_(gradient, alpha=-rule.lr)
+UserOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 @dataclass
@@ -71,13 +22,13 @@ class OuterState:
     """What one unit keeps between two syncs on this rank.
 
     `anchor` [n] fp32 holds the parameters as of the last sync; `shapes` are those of the rank's parts of the
-    parameters, in order. `momentum` [n] fp32 belongs to the built-in rules, `optimizer` to a user's callable, which
-    works on `optimizer_params`, views of the anchor in the parameters' shapes.
+    parameters, in order. `tensors`, each [n] fp32, are the rule's by its `tensor_names`. `optimizer` is of a user's
+    callable, which works on `optimizer_params`, views of the anchor in the parameters' shapes.
     """
 
     anchor: Tensor
     shapes: tuple[torch.Size, ...]
-    momentum: Tensor | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
     optimizer_params: tuple[Tensor, ...] = ()
 
@@ -87,50 +38,150 @@ class OuterState:
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
 
-def new_state(
-    parts: Sequence[Tensor], rule: OuterRule | Callable[[list[Tensor]], torch.optim.Optimizer], offload: bool
-) -> OuterState:
-    """The state of a unit whose parameters on this rank are `parts`; the anchor is a copy of them."""
-    device = torch.device("cpu") if offload else parts[0].device
-    pin = offload and parts[0].device.type != "cpu"
-    shapes = tuple(part.shape for part in parts)
-    size = sum(shape.numel() for shape in shapes)
-    state = OuterState(torch.empty(size, dtype=torch.float32, device=device, pin_memory=pin), shapes)
-    for view, part in zip(state.views(state.anchor), parts, strict=True):
-        view.copy_(part)
-    if isinstance(rule, OuterRule):
-        if rule.momentum:
-            state.momentum = torch.zeros(size, dtype=torch.float32, device=device, pin_memory=pin)
-    else:
+class OuterOptimizer(Protocol):
+    """An outer rule: one object for all units, which keeps nothing itself."""
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Of the tensors in each state, for checkpoints."""
+        ...
+
+    def init(self, parts: Sequence[Tensor], offload: bool) -> OuterState:
+        """The state of a unit whose parameters on this rank are `parts`; the anchor is a copy of them.
+
+        Args:
+            offload: it lives in host memory, pinned where the parts are not.
+        """
+        ...
+
+    def step(self, state: OuterState, gradient: Tensor, sync: int) -> Tensor:
+        """Moves `state.anchor` by one step and returns the new anchor [n] on `gradient`'s device.
+
+        Args:
+            gradient: [n], the weighed, averaged and clipped pseudo-gradient; it is used up.
+            sync: the sync's number, from 0.
+        """
+        ...
+
+
+class FlatRule:
+    """A rule of tensors that begin as zeros. An offloaded state is brought to the device for the step, and back."""
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        return ()
+
+    def update(self, anchor: Tensor, gradient: Tensor, tensors: dict[str, Tensor], sync: int) -> None:
+        """One step, in place, all on one device; arguments as of `OuterOptimizer.step`."""
+        raise NotImplementedError
+
+    def init(self, parts: Sequence[Tensor], offload: bool) -> OuterState:
+        state = _anchored(parts, offload)
+        pin = offload and parts[0].device.type != "cpu"
+        state.tensors = {name: torch.zeros_like(state.anchor, pin_memory=pin) for name in self.tensor_names}
+        return state
+
+    @torch.no_grad()
+    def step(self, state: OuterState, gradient: Tensor, sync: int) -> Tensor:
+        kept = {"": state.anchor, **state.tensors}
+        here = {name: tensor.to(gradient.device, non_blocking=True) for name, tensor in kept.items()}
+        anchor = here.pop("")
+        self.update(anchor, gradient, here, sync)
+        for name, tensor in {"": anchor, **here}.items():
+            if tensor is not kept[name]:
+                kept[name].copy_(tensor, non_blocking=True)
+        return anchor
+
+
+@dataclass(frozen=True)
+class Sgd(FlatRule):
+    """`torch.optim.SGD`. `lr=1, momentum=0` takes the average of the replicas."""
+
+    lr: float
+    momentum: float = 0.0
+    nesterov: bool = False
+    warmup_syncs: int = 0
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        return ("momentum",) if self.momentum else ()
+
+    def at(self, sync: int) -> tuple[float, float]:
+        """Learning rate and momentum for the sync number `sync`, from 0.
+
+        The momentum grows as min(momentum, sync / (sync + warmup_syncs)), and the learning rate goes from 1 to `lr` in
+        proportion, so the first sync takes the average. Not the paper's, whose settings suit runs of many syncs: at
+        once they overshoot what a short run has learnt (examples/benchmarks/convergence.py).
+
+        >>> rule = Sgd(lr=0.8, momentum=0.85, nesterov=True, warmup_syncs=5)
+        >>> [tuple(round(number, 3) for number in rule.at(sync)) for sync in (0, 5, 100)]
+        [(1.0, 0.0), (0.882, 0.5), (0.8, 0.85)]
+        """
+        if not self.warmup_syncs or not self.momentum:
+            return self.lr, self.momentum
+        momentum = min(self.momentum, sync / (sync + self.warmup_syncs))
+        return 1.0 - (1.0 - self.lr) * momentum / self.momentum, momentum
+
+    def update(self, anchor: Tensor, gradient: Tensor, tensors: dict[str, Tensor], sync: int) -> None:
+        """Bit for bit as torch's.
+
+        >>> anchor, velocity = torch.tensor([1.0]), torch.tensor([0.0])
+        >>> Sgd(0.5, 0.5, nesterov=True).update(anchor, torch.tensor([0.5]), {"momentum": velocity}, sync=0)
+        >>> anchor, velocity          # 1 - 0.5 (0.5 + 0.5 * 0.5)
+        (tensor([0.6250]), tensor([0.5000]))
+        """
+        lr, momentum = self.at(sync)
+        if self.momentum:
+            velocity = tensors["momentum"]
+            velocity.mul_(momentum).add_(gradient)
+            gradient = gradient.add_(velocity, alpha=momentum) if self.nesterov else velocity
+        anchor.add_(gradient, alpha=-lr)
+
+
+@dataclass(frozen=True)
+class Torchs:
+    """A user's callable of the parameters that returns a torch optimizer, which runs where its state lives."""
+
+    make: UserOptimizer
+    tensor_names: tuple[str, ...] = ()
+
+    def init(self, parts: Sequence[Tensor], offload: bool) -> OuterState:
+        state = _anchored(parts, offload)
         state.optimizer_params = tuple(view.requires_grad_() for view in state.views(state.anchor))
-        state.optimizer = rule(list(state.optimizer_params))
+        state.optimizer = self.make(list(state.optimizer_params))
         if not isinstance(state.optimizer, torch.optim.Optimizer):
             raise ValueError(
                 f"outer_optimizer returned {type(state.optimizer).__name__}, but a torch.optim.Optimizer is needed. "
                 "Give a callable such as `lambda params: torch.optim.SGD(params, lr=0.7)`."
             )
-    return state
+        return state
 
-
-@torch.no_grad()
-def apply_outer_step(state: OuterState, gradient: Tensor, rule: Any) -> Tensor:
-    """Moves `state.anchor` by one outer step and returns the new anchor [n] on `gradient`'s device.
-
-    `gradient` [n] is the weighed, averaged and clipped pseudo-gradient; it is used up. An offloaded state is brought
-    to the device for the built-in rules; a user's optimizer runs where its state lives.
-    """
-    if state.optimizer is not None:
+    @torch.no_grad()
+    def step(self, state: OuterState, gradient: Tensor, sync: int) -> Tensor:
+        assert state.optimizer is not None
         grads = state.views(gradient.to(state.anchor.device))
         for param, grad in zip(state.optimizer_params, grads, strict=True):
             param.grad = grad
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         return state.anchor.to(gradient.device)
-    anchor = state.anchor.to(gradient.device, non_blocking=True)
-    momentum = None if state.momentum is None else state.momentum.to(gradient.device, non_blocking=True)
-    outer_step_(anchor, gradient, momentum, rule)
-    if anchor is not state.anchor:
-        state.anchor.copy_(anchor, non_blocking=True)
-        if momentum is not None and state.momentum is not None:
-            state.momentum.copy_(momentum, non_blocking=True)
-    return anchor
+
+
+def outer_rule(choice: str | UserOptimizer, lr: float, momentum: float, warmup_syncs: int = 0) -> OuterOptimizer:
+    """The rule that a configuration's `outer_optimizer` chooses."""
+    if not isinstance(choice, str):
+        return Torchs(choice)
+    if choice == "none":
+        return Sgd(lr=1.0)
+    return Sgd(lr, momentum, choice == "nesterov", warmup_syncs)
+
+
+def _anchored(parts: Sequence[Tensor], offload: bool) -> OuterState:
+    device = torch.device("cpu") if offload else parts[0].device
+    shapes = tuple(part.shape for part in parts)
+    size = sum(shape.numel() for shape in shapes)
+    pin = offload and parts[0].device.type != "cpu"
+    state = OuterState(torch.empty(size, dtype=torch.float32, device=device, pin_memory=pin), shapes)
+    for view, part in zip(state.views(state.anchor), parts, strict=True):
+        view.copy_(part)
+    return state

@@ -165,6 +165,20 @@ def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+def pseudo_gradient(anchor: Tensor, param: Tensor, out: Tensor) -> Tensor:
+    """The anchor as the replica was given it, rounded to the parameter's dtype, minus the parameter; all of one shape.
+
+    What the rounding leaves out is no progress of anybody's. `anchor` and `out` are fp32, and may be the same tensor.
+
+    >>> anchor, param = torch.tensor([1.003, 2.0]), torch.tensor([1.0, 1.5], dtype=torch.bfloat16)
+    >>> pseudo_gradient(anchor, param, out=torch.empty(2))
+    tensor([0.0000, 0.5000])
+    """
+    if param.dtype == anchor.dtype:
+        return torch.sub(anchor, param, out=out)
+    return out.copy_(anchor.to(param.dtype)).sub_(param)
+
+
 def square_norm(tensor: Tensor) -> Tensor:
     """The square of the L2 norm of a flat tensor [n], [] float64.
 

@@ -36,6 +36,13 @@ class SyncPlan:
     rolled_back: Tensor
     tallies: dict[str, Tensor]
 
+    @property
+    def sound_replica(self) -> int | None:
+        """The first replica that passed in every unit, one that did a step before an idle one; None: there is none."""
+        passed = ~self.anomalous.any(dim=0)
+        found = [*(passed & (self.tallies["inner_steps"] > 0)).nonzero().flatten(), *passed.nonzero().flatten()]
+        return int(found[0]) if found else None
+
 
 def make_plan(
     table: Tensor, tally_names: Sequence[str], detectors: DetectorState, config: EDiTConfig

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
-import hf_edit.checkpoint.state as checkpoint
-from hf_edit.checkpoint.manifest import Manifest, trained_parameters
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import REQUESTS
 from hf_edit.method.plan import SyncRecord
 from hf_edit.method.schedule import GlobalProgress, SyncSchedule
-from hf_edit.peers.group import ProcessGroupPeers
-from hf_edit.sync.background import Runner, in_thread
+from hf_edit.peers.group import Peers
 from hf_edit.sync.equality import Buffers, check_agreement, make_replicas_equal
+from hf_edit.sync.overlap import Blocking, Delayed, Forward, Runner, beside
 from hf_edit.sync.unit_sync import OuterSync
 from hf_edit.sync.units import find_units, is_compiled, keep_gradients_local, release, start_averaging_gradients
 
@@ -41,7 +36,7 @@ class Engine:
         model: as Accelerate prepared it: sharded by FSDP2 over the replica, or DDP for replicas of one rank.
         optimizer: the inner optimizer.
         config: the method's settings, equal on all ranks.
-        peers: this rank's groups.
+        peers: the other replicas, and this one.
         first_step: optimizer steps that were taken before, which count for the warm-up.
         on_begin: called when a sync begins and takes the tallies with it.
         last_step: global progress at which a sync is due whatever the time (A-EDiT); None: there is no end.
@@ -58,29 +53,33 @@ class Engine:
         model: nn.Module,
         optimizer: Any,
         config: EDiTConfig,
-        peers: ProcessGroupPeers,
+        peers: Peers,
         *,
         first_step: int = 0,
         on_begin: Callable[[], None] | None = None,
         last_step: int | None = None,
         clock: Callable[[], float] = time.monotonic,
-        runner: Runner[Any] = in_thread,
+        runner: Runner[bool] = beside,
     ) -> None:
         self.config = config
         self.peers = peers
         self._model = model
         self._optimizer = optimizer
         self._on_begin = on_begin
-        check_agreement(model, config)
+        check_agreement(model, config, peers)
         self.units = find_units(model)
         self.schedule = SyncSchedule(config.sync_interval, config.sync_seconds, config.warmup_steps, clock)
         self.schedule.step = first_step
         self.progress = GlobalProgress(peers.replica, confirmed=float(first_step))
-        self.sync = OuterSync(self.units, peers, peers.sum_in_replica, config, optimizer, clock, runner)
+        self.sync = OuterSync(self.units, peers, peers.inside, config, optimizer, clock)
         self.tallies: dict[str, Any] = dict.fromkeys(TALLIES, 0.0)
-        # Hooks that come and go would have a compiled model traced anew for every sync.
-        self._in_forward = config.overlap == "forward" and not is_compiled(model)
         self._delay_steps = config.delay_steps if config.overlap == "delayed" else 0
+        self._way = self._under_way = self._blocking = Blocking(self.sync)
+        if self._delay_steps:
+            self._way = Delayed(self.sync, runner)
+        elif config.overlap == "forward" and not is_compiled(model):
+            # Hooks that come and go would have a compiled model traced anew for every sync.
+            self._way = Forward(self.sync)
         self._last_step = last_step
         self._first_step = first_step
         self._clock = clock
@@ -124,8 +123,7 @@ class Engine:
 
     def before_optimizer_step(self) -> None:
         """Ends a sync whose units were not all used by the forward pass."""
-        if not self._delay_steps:
-            self.sync.finish()
+        self._under_way.finish()
 
     def step(self, requests: Collection[str] = (), skipped: bool = False) -> set[str] | None:
         """One optimizer step was taken, or skipped by fp16's scaler: begins the sync if it is due.
@@ -154,9 +152,9 @@ class Engine:
         if self._is_due(due):
             if self.sync.pending:  # by time, on a replica whose steps are long: it would keep the others waiting
                 agreed = self._complete()
-            self._begin(requests, beside=self._delay_steps > 0)
+            self._begin(requests, self._way)
             if not self._delay_steps:
-                agreed = self._complete(in_forward=self._in_forward)
+                agreed = self._complete()
         return agreed
 
     def _is_due(self, due: bool) -> bool:
@@ -165,7 +163,7 @@ class Engine:
         if self._last_step is not None and not self.sync.pending:
             # A delayed sync is applied that much later, and the end is decided then.
             due = due or self.progress.value + self._delay_steps >= self._last_step
-        return self.peers.lead(due)
+        return self.peers.inside.lead(due)
 
     def flush(self, requests: Collection[str] = (), leaving: bool = False) -> set[str] | None:
         """Makes the replicas equal: ends a sync under way, and syncs what was learnt since the last one.
@@ -184,7 +182,7 @@ class Engine:
     def drain(self) -> set[str] | None:
         """Ends a sync under way; what any rank wanted at it if this one has not heard of that yet, else None."""
         agreed = self._complete() if self._delay_steps and self.sync.pending else None
-        self.sync.finish()
+        self._under_way.finish()
         return agreed
 
     def leave(self, requests: Collection[str]) -> set[str]:
@@ -216,14 +214,14 @@ class Engine:
         self.peers.wait_for_arrivals(PATIENCE_INTERVALS * interval_seconds)
 
     def _sync(self, requests: Collection[str]) -> set[str]:
-        self._begin(requests)
-        return self._complete()
+        while True:  # until all agree to it
+            self._begin(requests, self._blocking)
+            if (agreed := self._complete()) is not None:
+                return agreed
 
     def agree(self, requests: Collection[str]) -> set[str]:
         """What any rank wants, the same on all of them; all replicas call it at the same step."""
-        everyone: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, set(requests))
-        return set().union(*everyone)
+        return set().union(*self.peers.gather_object(set(requests)))
 
     def close(self) -> None:
         """Training has ended: DDP is left as it was found."""
@@ -231,37 +229,55 @@ class Engine:
 
     def abandon(self) -> None:
         """Forgets a sync under way; for a training that was broken off."""
-        self.sync.abandon()
+        self._under_way.abandon()
 
-    def _begin(self, requests: Collection[str], beside: bool = False) -> None:
+    def _begin(self, requests: Collection[str], way: Blocking) -> None:
         # Steps are equal on all ranks of a replica, and what is gathered is the sum over them.
-        steps = {"inner_steps": self.schedule.inner_steps, "interval_steps": self.schedule.interval_steps}
-        counts = {name: count / self.peers.layout.replica_size for name, count in steps.items()}
+        schedule, size = self.schedule, self.peers.inside.size
+        steps = {"inner_steps": schedule.inner_steps / size, "interval_steps": schedule.interval_steps / size}
         asked = {name: float(name in requests) for name in (*REQUESTS, "barrier")}
-        self.sync.begin({**self.tallies, **asked, "buffers": self._buffers.changed(), **counts}, beside=beside)
+        way.begin({**self.tallies, **asked, "buffers": self._buffers.changed(), **steps})
+        self._under_way = way
+        self._told = self.tallies, schedule.inner_steps, schedule.interval_steps
         self.tallies = dict.fromkeys(TALLIES, 0.0)
-        self.schedule.restart()
+        schedule.restart()
         self.progress.hand_over()
         if self._on_begin is not None:
             self._on_begin()
 
-    def _complete(self, in_forward: bool = False) -> set[str]:
-        """Waits until all replicas have come to the sync under way, and carries it out; what any rank wanted.
+    def _complete(self) -> set[str] | None:
+        """Waits until all replicas have come to the sync under way, and carries it out or leaves that to the next
+        forward pass, which cannot begin without what is awaited here.
 
-        Args:
-            in_forward: carry it out in the next forward pass, which cannot begin without what is awaited here.
+        Returns:
+            What any rank wanted; None if they did not all agree to the sync: what it was to tell goes into the next.
         """
-        shared = self.sync.decide().tallies
+        try:
+            plan = self._under_way.decide()
+            members = self.sync.members
+            committed = self._under_way.carry_out(went_on=self.schedule.interval_steps > 0)
+        except RuntimeError:
+            self._take_back()
+            raise
+        if not committed:
+            self._take_back()
+            return None
+        shared = plan.tallies
         self.progress.confirm([round(steps) for steps in shared["interval_steps"].tolist()], self._delay_steps)
-        if in_forward:
-            self.sync.apply_in_forward()
-        else:
-            self.sync.finish(went_on=self.schedule.interval_steps > 0)
         self._restart_timer()
         if float(shared["buffers"].sum()) > 0:
-            self._buffers.follow_first_replica()
-        self._all_arrived = float(shared["barrier"].min()) > 0
+            self._buffers.follow(plan.sound_replica)
+        self._all_arrived = float(shared["barrier"][members].min()) > 0
         return {name for name in REQUESTS if float(shared[name].sum()) > 0}
+
+    def _take_back(self) -> None:
+        """The sync under way has come to nothing: all is as if it had not begun."""
+        self._under_way.abandon()
+        tallies, inner_steps, interval_steps = self._told
+        self.tally(**tallies)
+        self.schedule.inner_steps += inner_steps
+        self.schedule.interval_steps += interval_steps
+        self.schedule.restart_timer(self._clock())
 
     def _restart_timer(self) -> None:
         if self.sync.waited_until is not None:  # None: the sync under way has yet to get there
@@ -270,55 +286,6 @@ class Engine:
     def take_records(self) -> list[SyncRecord]:
         """The records of the syncs that ended since the last call."""
         return self.sync.take_records()
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    def save(self, folder: Path, host: dict[str, Any], *, write_outer: bool) -> None:
-        """Writes this rank's part of `folder`/edit, which `manifest.start` has made; the replicas must be equal.
-
-        Args:
-            host: what this rank keeps beside (numbers, strings, lists, dicts, tensors); "rank" is its own alone.
-            write_outer: True on the ranks of the replica that writes what all have in common.
-        """
-        if not self.replicas_equal:
-            raise RuntimeError("A checkpoint is of equal replicas; call flush() first.")
-        group = self.peers.replica_group
-        if write_outer:
-            checkpoint.save_outer(folder, self._model, self.sync, group)
-        host["rank"]["tallies"] = {name: float(value) for name, value in self.tallies.items()}
-        host["rank"]["progress"] = asdict(self.progress)
-        checkpoint.save_inner(folder, self.peers.layout, self._model, self._optimizer, host, group)
-
-    def manifest(self, step: int) -> Manifest:
-        """What this run is, for its checkpoint of the training's step `step`."""
-        return Manifest(
-            step=step,
-            num_replicas=self.peers.num_replicas,
-            replica_size=self.peers.layout.replica_size,
-            sync_count=self.sync.sync_count,
-            schedule_step=self.schedule.step,
-            units=[unit.name for unit in self.units],
-            config=self.config.to_dict(),
-            parameters=trained_parameters(self._model),
-            files={},
-        )
-
-    def load(self, folder: Path, manifest: Manifest) -> None:
-        """Takes anchor, momentum and detectors of a checkpoint; model and inner optimizer have been loaded before.
-
-        `first_step` must have been the steps taken until then.
-        """
-        checkpoint.load_outer(folder, manifest, self.sync, self.peers.replica_group)
-
-    def counters(self) -> dict[str, float]:
-        """Where this rank is in the schedule, and its counts since the last sync."""
-        counts = {name: float(value) for name, value in self.tallies.items()}
-        steps = {
-            "step": self.schedule.step,
-            "inner_steps": self.schedule.inner_steps,
-            "interval_steps": self.schedule.interval_steps,
-        }
-        return {**counts, **steps, "sync_count": self.sync.sync_count, "progress": self.progress.confirmed}
 
     def go_on_at(self, step: int) -> None:
         """The training goes on after its optimizer step number `step`: ends the warm-up if that lies behind.
@@ -336,15 +303,3 @@ class Engine:
         self._started_at = self._clock()
         if was_warming_up and not warming_up:
             self._end_warmup()
-
-    def load_counters(self, counters: dict[str, float]) -> None:
-        self.tallies = {name: counters[name] for name in TALLIES}
-        self.schedule.step, self.schedule.interval_steps = int(counters["step"]), int(counters["interval_steps"])
-        self.schedule.inner_steps = int(counters["inner_steps"])
-        self.sync.sync_count = int(counters["sync_count"])
-        self.progress.confirmed = counters["progress"]
-
-    def load_rank(self, state: dict[str, Any]) -> None:
-        """This rank's counts at the time of the checkpoint, as `save` has put them into `host["rank"]`."""
-        self.tallies.update(state["tallies"])
-        self.progress = GlobalProgress(**state["progress"])

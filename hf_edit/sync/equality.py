@@ -7,43 +7,51 @@ import logging
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
-from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.peers.group import Peers
 from hf_edit.sync.units import local_part, named_tensors, unwrap
 
 logger = logging.getLogger(__name__)
 
 
 class Buffers:
-    """The model's saved buffers, which follow replica 0 at a sync if they have changed anywhere since the last one."""
+    """The model's saved buffers, which follow a replica at a sync if they have changed anywhere since the last one."""
 
-    def __init__(self, model: nn.Module, peers: ProcessGroupPeers) -> None:
+    def __init__(self, model: nn.Module, peers: Peers) -> None:
         self._peers = peers
         self._tensors = list(named_tensors(model)[1].values())
         self._seen = [tensor.clone() for tensor in self._tensors]
+        self._said = False
 
     def changed(self) -> Tensor | float:
+        """1 if any has changed on this rank since the last sync, else 0."""
         if not self._tensors:
             return 0.0
         pairs = zip(self._tensors, self._seen, strict=True)
         return torch.stack([tensor.ne(seen).any() for tensor, seen in pairs]).any().double()
 
     @torch.no_grad()
-    def follow_first_replica(self) -> None:
+    def follow(self, replica: int | None) -> None:
+        """All take those of `replica`; None: go back to the last sync's, as does one that has become infinite or NaN
+        on `replica` after the sync has begun."""
+        if replica and not self._said and self._peers.layout.rank == 0:
+            self._said = True
+            logger.warning("EDiT: the buffers follow replica %d, the first that went right in every unit.", replica)
         for tensor, seen in zip(self._tensors, self._seen, strict=True):
-            self._peers.broadcast_to_all(tensor)
-            seen.copy_(tensor)
+            if replica is not None:
+                self._peers.broadcast_to_all(tensor, replica)
+                broken = (seen.isfinite() & ~tensor.isfinite()).any()
+                seen.copy_(torch.where(broken, seen, tensor))
+            tensor.copy_(seen)
 
 
-def check_agreement(model: nn.Module, config: EDiTConfig) -> None:
+def check_agreement(model: nn.Module, config: EDiTConfig, peers: Peers) -> None:
     """All ranks must have the same configuration and a model of the same shape."""
     shapes = [(name, tuple(p.shape), p.requires_grad) for name, p in unwrap(model).named_parameters()]
     mine = {**config.to_dict(), "model": hashlib.sha256(repr(shapes).encode()).hexdigest()}
-    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
+    everyone: list[dict[str, Any]] = peers.gather_object(mine)
     differing = {
         name: {rank: other[name] for rank, other in enumerate(everyone)}
         for name in mine
@@ -62,12 +70,12 @@ def check_agreement(model: nn.Module, config: EDiTConfig) -> None:
 
 
 @torch.no_grad()
-def make_replicas_equal(model: nn.Module, peers: ProcessGroupPeers) -> None:
+def make_replicas_equal(model: nn.Module, peers: Peers) -> None:
     """Every replica takes replica 0's trainable parameters and buffers where digests show that they differ."""
     model = unwrap(model)
     named = [*model.named_parameters(), *model.named_buffers()]
     digests = torch.stack([_digest(local_part(tensor)) for _, tensor in named])
-    table = peers.gather(peers.sum_in_replica(digests.flatten()))().view(peers.num_replicas, -1, 2)
+    table = peers.gather(peers.inside.sum(digests.flatten()))().view(peers.num_replicas, -1, 2)
     differing = (table != table[0]).any(dim=2).any(dim=0).tolist()
     names = [name for (name, _), differs in zip(named, differing, strict=True) if differs]
     if not names:

@@ -1,12 +1,31 @@
-"""Figures of a sync without stopping the device: small copies to the host, and the time that training waited."""
+"""What a sync measures without stopping the device, and the host memory that it uses again."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def phase(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Calls of the decorated function are `hf_edit::name` in a torch profile."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def recorded(*args: P.args, **kwargs: P.kwargs) -> T:
+            with record_function(f"hf_edit::{name}"):
+                return function(*args, **kwargs)
+
+        return recorded
+
+    return decorate
 
 
 class HostCopy:
@@ -66,3 +85,28 @@ class Stopwatch:
             return sum(start.elapsed_time(end) for start, end in marks) / 1000.0
 
         return seconds
+
+
+class Scratch:
+    """Flat host tensors that one delayed sync leaves to the next: fresh memory costs a page fault every 4 KiB.
+
+    Args:
+        device: the training's; for CUDA they are pinned, so that copying keeps no host waiting. What is given back may
+            be on its way to the device yet: writing to it must be ordered after that, as a delayed sync does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialised host tensor of `like`'s shape [n] and dtype."""
+        free = self._free.get((like.numel(), like.dtype))
+        return free.pop() if free else torch.empty(like.shape, dtype=like.dtype, pin_memory=self._device.type == "cuda")
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A CUDA tensor on its way into host memory, ordered on the current stream; a host tensor as it is."""
+        return tensor if tensor.device.type == "cpu" else self.take(tensor).copy_(tensor, non_blocking=True)
+
+    def give(self, tensor: Tensor) -> None:
+        self._free.setdefault((tensor.numel(), tensor.dtype), []).append(tensor)

@@ -35,11 +35,11 @@ class Unit:
         """This rank's part of each parameter, sharing the parameter's memory."""
         return [local_part(param) for param in self.params]
 
-    def reshard(self) -> None:
-        """Drops gathered copies, which a forward pass without backward may have left; the next use gathers anew."""
+    def drop_gathered(self) -> None:
+        """Drops gathered copies, which a forward pass without backward may have left, and those that a prefetch has on
+        their way; the next use gathers anew."""
         for module in self.modules:
-            if isinstance(module, FSDPModule):
-                module.reshard()
+            reshard(module, recurse=False)
 
     def start_gathering(self) -> None:
         """Starts the all-gather on the current stream, so that it is ordered after what was just written to the
@@ -164,11 +164,21 @@ def _route_gradients(model: nn.Module, hook: Callable[[Tensor], None] | None, dd
             module.require_forward_param_sync = ddp_averages  # else the next forward pass still broadcasts buffers
 
 
-def reshard(model: nn.Module) -> None:
-    """Puts the shards back in the place of gathered copies, which a forward pass without backward leaves behind."""
-    for module in model.modules():
+def reshard(model: nn.Module, recurse: bool = True) -> None:
+    """Puts the shards back in the place of gathered copies, those on their way too."""
+    for module in model.modules() if recurse else [model]:
         if isinstance(module, FSDPModule):
+            if _is_gathering(module):
+                module.unshard()  # waits; else the next forward pass would take it for one of its own
             module.reshard()
+
+
+def _is_gathering(module: FSDPModule) -> bool:
+    # Private in torch 2.13, which has no public way to ask. Without these names every module is gathered once more
+    # than needed, and the values are right; tests/dist/test_groups.py fails when they move.
+    groups = getattr(_fsdp_state(module), "_fsdp_param_groups", None)
+    results = [True] if groups is None else [getattr(group, "_all_gather_result", True) for group in groups]
+    return any(result is not None for result in results)
 
 
 def _fsdp_state(module: FSDPModule) -> object:
@@ -180,24 +190,44 @@ def _fsdp_groups(model: nn.Module) -> dict[nn.Module, int]:
     return {m: id(_fsdp_state(m)) for m in model.modules() if isinstance(m, FSDPModule)}
 
 
+def wrapping_groups(model: nn.Module, is_block: Callable[[nn.Module], bool]) -> list[list[nn.Module]]:
+    """The groups that accelerate.utils.fsdp_utils.fsdp2_prepare_model (1.15) makes of `model`, in its order.
+
+    Blocks from the bottom up, embeddings, final norm with head, and what is left; a module is in the first that it is
+    below.
+    """
+    groups = [[module] for module in reversed(list(model.modules())) if module is not model and is_block(module)]
+    taken = {module for group in groups for module in group}
+    embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
+    weight = getattr(embedding, "weight", None)
+    tied = weight is not None and getattr(head, "weight", None) is weight
+    ends = [[_final_norm(model), embedding, head]] if tied else [[embedding], [_final_norm(model), head]]
+    for end in ends:
+        group = [module for module in end if module is not None and module not in taken]
+        taken.update(group)
+        groups += [group] if group else []
+    return groups if model in taken else [*groups, [model]]
+
+
 def _wrapping_groups(model: nn.Module) -> dict[nn.Module, int]:
-    """As accelerate.utils.fsdp_utils.fsdp2_prepare_model (1.15) would wrap `model` by transformer blocks."""
+    """As Accelerate would wrap `model` by transformer blocks for FSDP2."""
     block_names = set(getattr(model, "_no_split_modules", None) or ())
-    owners = {module: id(module) for module in model.modules() if type(module).__name__ in block_names}
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    tied = embedding is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
-    if embedding is not None and not tied:
-        owners.setdefault(embedding, id(embedding))
-    ends = [_final_norm(model), *([embedding] if tied else []), head]
-    tail: list[nn.Module] = [module for module in ends if module is not None and module not in owners]
-    owners.update({module: id(tail[0]) for module in tail})
-    owners.setdefault(model, id(model))
-    return owners
+    groups = wrapping_groups(model, lambda module: type(module).__name__ in block_names)
+    return {module: id(group[0]) for group in groups for module in group}
+
+
+def _end(model: nn.Module, getter: str) -> nn.Module | None:
+    """The embeddings or the head, if `model` has such a module; models of speech, images or time series may raise."""
+    try:
+        found = getattr(model, getter, lambda: None)()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def _final_norm(model: nn.Module) -> nn.Module | None:
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else model
     children: Iterable[nn.Module] = base.children() if isinstance(base, nn.Module) else ()
     norms = [child for child in children if "Norm" in type(child).__name__]
     return norms[-1] if norms else None

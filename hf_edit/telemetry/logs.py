@@ -123,7 +123,7 @@ def sync_logs(record: SyncRecord) -> dict[str, float]:
     """The log entries of one sync."""
     plan = record.plan
     steps = plan.tallies["inner_steps"]
-    losses = plan.tallies["loss"] / steps.clamp(min=1)
+    losses = plan.tallies["loss"] / steps  # NaN for a replica that has taken none
     finite = losses[losses.isfinite()]
     spread = float(finite.max() - finite.min()) if len(finite) else math.nan
     return {

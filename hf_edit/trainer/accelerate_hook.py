@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,18 +19,27 @@ from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedType,
     FullyShardedDataParallelPlugin,
-    recursively_apply,
     synchronize_rng_states,
 )
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.fsdp import CPUOffloadPolicy
 
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.layout import Layout, default_num_replicas
+from hf_edit.sync.units import is_prepared
+from hf_edit.trainer.checks import (
+    check_axes,
+    check_launcher,
+    check_plugin,
+    check_sharding,
+    check_wrapping,
+    flag,
+    fsdp_version,
+    wants_fsdp,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +79,7 @@ def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
     Raises:
         ValueError: what was given, what is allowed, what to do.
     """
-    _check_launcher(args)
+    check_launcher(args)
     if args.world_size == 1:
         return Layout.split(1, config.num_replicas or 1, 0)
     given = _given_parallelism(args)
@@ -81,9 +88,9 @@ def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
     )
     if num_replicas == 1:
         return Layout.split(args.world_size, 1, args.process_index)  # a plain Trainer, whatever it is asked to do
-    _refuse_unsupported(args, model)
+    check_sharding(args, model)
     if given is not None:
-        _refuse_axes(given, args, check_product=config.num_replicas is None)
+        check_axes(given, args, check_product=config.num_replicas is None)
     layout = Layout.split(args.world_size, num_replicas, args.process_index)
     if layout.replica_size > 1 and not wants_fsdp(args):
         raise ValueError(
@@ -96,34 +103,15 @@ def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
 
 def _given_parallelism(args: Any) -> ParallelismConfig | None:
     """Accelerate's axes, from TrainingArguments or its config file."""
-    if args.parallelism_config is None and _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+    if args.parallelism_config is None and flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return ParallelismConfig()
     return args.parallelism_config
-
-
-def _refuse_axes(given: ParallelismConfig, args: Any, check_product: bool) -> None:
-    for axis in ("tp", "cp", "sp"):
-        if (size := getattr(given, f"{axis}_size")) > 1:
-            raise ValueError(
-                f"{axis}_size={size}: EDiT shards a replica with FSDP2 (dp_shard) alone. Set {axis}_size to 1."
-            )
-    replicas, shards = given.dp_replicate_size, given.dp_shard_size
-    if check_product and shards > 1 and replicas * shards != args.world_size:
-        raise ValueError(
-            f"dp_replicate_size={replicas} times dp_shard_size={shards} is not the {args.world_size} processes of this "
-            f"launch. Make their product {args.world_size}."
-        )
-
-
-def wants_fsdp(args: Any) -> bool:
-    """True if TrainingArguments or the Accelerate config file ask for FSDP."""
-    return args.fsdp_plugin_args is not None or _flag("ACCELERATE_USE_FSDP")
 
 
 def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout) -> dict[str, Any]:
     """The arguments of `Accelerator` for `layout`, from those that the Trainer built."""
     on_cpu = args.device.type == "cpu"
-    plain = layout.num_replicas == 1 and not (on_cpu and _fsdp_version(args) == 2)
+    plain = layout.num_replicas == 1 and not (on_cpu and fsdp_version(args) == 2)
     if not wants_fsdp(args) or args.world_size == 1 or plain:
         if layout.num_replicas > 1:
             built["parallelism_config"] = None
@@ -135,21 +123,13 @@ def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout) -
         return {**built, "fsdp_plugin": None, "parallelism_config": None}
     plugin = built.get("fsdp_plugin") or FullyShardedDataParallelPlugin()
     if layout.num_replicas > 1:
-        _refuse_plugin(plugin)
+        check_plugin(plugin)
     parallelism = ReplicaParallelismConfig(
         dp_replicate_size=layout.num_replicas,
         dp_shard_size=layout.replica_size,
         cpu_fsdp_plugin=plugin if on_cpu else None,
     )
     return {**built, "fsdp_plugin": plugin, "parallelism_config": parallelism}
-
-
-def _refuse_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError(
-            "FSDP's cpu_offload keeps the parameters in host memory, where replicas cannot sync them. Turn it off; "
-            "offload_outer_state=True moves EDiT's own state there."
-        )
 
 
 def saves_sharded(accelerator: Accelerator) -> bool:
@@ -196,10 +176,23 @@ def check_accelerator(accelerator: Accelerator, layout: Layout) -> None:
         )
 
 
+class _LoopAccelerator(Accelerator):
+    """Looks at a model before it is sharded, as `EDiTTrainer.train` does."""
+
+    edit_layout: Layout
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        if self.edit_layout.num_replicas > 1 and self.is_fsdp2:
+            for model in args:
+                if isinstance(model, nn.Module) and not is_prepared(model):
+                    check_wrapping(model, self.state.fsdp_plugin, self.edit_layout)
+        return super().prepare(*args, **kwargs)
+
+
 def make_accelerator(config: EDiTConfig, settings: dict[str, Any]) -> Accelerator:
     """`Accelerator(**settings)` with replicas, for a hand-written loop."""
     # Without an accelerator Accelerate must be told, or each process would train alone.
-    on_cpu = settings.get("cpu") or _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    on_cpu = settings.get("cpu") or flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     settings = {**settings, "cpu": on_cpu}
     state = PartialState(cpu=on_cpu)
     data = settings.get("dataloader_config") or DataLoaderConfiguration(use_seedable_sampler=True)
@@ -216,7 +209,7 @@ def make_accelerator(config: EDiTConfig, settings: dict[str, Any]) -> Accelerato
     layout = plan_layout(args, config)
     if layout.num_replicas > 1:
         read_everywhere(data)
-    accelerator = Accelerator(**replica_accelerator_args({**settings, "dataloader_config": data}, args, layout))
+    accelerator = _LoopAccelerator(**replica_accelerator_args({**settings, "dataloader_config": data}, args, layout))
     check_accelerator(accelerator, layout)
     accelerator.edit_layout = layout
     return accelerator
@@ -242,11 +235,6 @@ def layout_of(accelerator: Accelerator, config: EDiTConfig) -> Layout:
     return layout
 
 
-def of_nested(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
-    """`function` for tensors in lists, tuples and dicts, too, as Accelerate's own collectives take them."""
-    return partial(recursively_apply, function)
-
-
 def read_everywhere(config: DataLoaderConfiguration) -> None:
     """Every process reads the data itself; Accelerate would let process 0 send every batch of a stream to all."""
     if config.dispatch_batches and PartialState().is_main_process:
@@ -267,40 +255,3 @@ def equalise_sampler_once(loader: Any) -> None:
     if generator is not None and loader.rng_types:
         synchronize_rng_states(loader.rng_types, generator)
         loader.rng_types = []
-
-
-def _check_launcher(args: Any) -> None:
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != args.world_size:
-        raise ValueError(
-            f"The launcher started {launched} processes (WORLD_SIZE={launched}), but Accelerate sees "
-            f"{args.world_size}: each process would train alone. On CPU, set ACCELERATE_USE_CPU=true or "
-            "TrainingArguments(use_cpu=True); on GPUs, check that every process sees its own."
-        )
-
-
-def _refuse_unsupported(args: Any, model: Any) -> None:
-    if args.deepspeed or _flag("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("EDiT shards replicas with FSDP2, but DeepSpeed is on. Turn DeepSpeed off and set fsdp=True.")
-    if _flag("ACCELERATE_USE_MEGATRON_LM"):
-        raise ValueError("EDiT shards replicas with FSDP2, but Megatron-LM is on. Turn it off and set fsdp=True.")
-    if wants_fsdp(args):
-        version = _fsdp_version(args)
-        if version != 2:
-            raise ValueError(
-                f"fsdp_version={version}: EDiT needs FSDP2. Set fsdp_version: 2 in the Accelerate config file, or "
-                "fsdp_config={'version': 2} in TrainingArguments."
-            )
-    if getattr(model, "is_distributed_loading_by_transformers", False):
-        raise ValueError(
-            "The model was sharded when it was loaded (DistributedConfig), so replicas cannot be formed any more. Load "
-            "it without distributed_config; EDiTTrainer shards it."
-        )
-
-
-def _fsdp_version(args: Any) -> int:
-    return (args.fsdp_plugin_args or {}).get("fsdp_version") or int(os.environ.get("FSDP_VERSION", "1"))
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("1", "true", "yes", "on")

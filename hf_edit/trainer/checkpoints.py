@@ -27,6 +27,7 @@ from hf_edit.checkpoint.manifest import (
     seal,
     start,
 )
+from hf_edit.checkpoint.storage import sync_to_disk
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
@@ -64,12 +65,23 @@ class TrainerCheckpoints(_TrainerToBe):
         """As `Trainer.train`. A checkpoint that is not whole is never resumed from.
 
         Raises:
-            ValueError: the checkpoint that was named is not whole, or is of another model.
+            ValueError: the checkpoint that was named is not whole, or is of another model; each host saves on its own
+            disk, and a replica lies on several.
         """
         self._resumed = None
+        self._check_hosts()
         if resume_from_checkpoint:
             resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_hosts(self) -> None:
+        here, size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), self.edit_layout.replica_size
+        if self.args.save_on_each_node and self.edit_layout.num_replicas > 1 and here % size:
+            raise ValueError(
+                f"save_on_each_node=True with replicas of {size} ranks, {here} on a host: a replica's part would lie "
+                "on the disks of several hosts, where none can read it. Set save_on_each_node=False with an "
+                "output_dir that all hosts share, or num_replicas so that each replica lies on one host."
+            )
 
     def _choose_checkpoint(self, asked: Any) -> Any:
         named = None if asked is True else Path(asked)
@@ -77,44 +89,50 @@ class TrainerCheckpoints(_TrainerToBe):
         candidates = found[:1] if named is None else [named]
         if self.edit_layout.num_replicas == 1 and not any(map(has_edit_state, candidates)):
             return asked  # a plain Trainer's affair
-        problems = self._problems_on_all_ranks(found if named is None else [named, *found])
-        whole = next((path for path in found if problems[str(path)] is None), None)
-        if named is not None and problems[str(named)] is not None:
+        problems = self._problems_on_all_ranks(named, found)
+        whole = next((path for path, trouble in problems.items() if trouble is None), None)
+        if named is not None and problems[named] is not None:
             instead = f"The newest whole one is {whole}" if whole else "There is no whole one beside it"
-            raise ValueError(f"Cannot resume from {named}: {problems[str(named)]}. {instead}.")
-        chosen = named or whole
-        if chosen is None:
-            reasons = "; ".join(f"{path.name}: {problems[str(path)]}" for path in found[:4])
+            raise ValueError(f"Cannot resume from {named}: {problems[named]}. {instead}.")
+        if whole is None:
+            reasons = "; ".join(f"{path.name}: {trouble}" for path, trouble in [*problems.items()][:4])
             why = f": {reasons}" if reasons else ""
             raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir}){why}")
-        for path in found[: found.index(chosen)] if named is None else []:
-            self._say_once(f"{path} is passed over ({problems[str(path)]}); resuming from {chosen}.")
-        if has_edit_state(chosen) and self.model is not None:
-            check_model(Manifest.read(chosen), self.model, chosen)
-        return str(chosen)
+        for path, trouble in problems.items():
+            if trouble is not None:
+                self._say_once(f"{path} is passed over ({trouble}); resuming from {whole}.")
+        if has_edit_state(whole) and self.model is not None:
+            check_model(Manifest.read(whole), self.model, whole)
+        return str(whole)
 
-    def _problems_on_all_ranks(self, paths: list[Path]) -> dict[str, str | None]:
-        """What keeps each checkpoint from being resumed on any rank; the ranks may see different disks."""
+    def _problems_on_all_ranks(self, named: Path | None, found: list[Path]) -> dict[Path, str | None]:
+        """What keeps a checkpoint from being resumed on any rank: of `named`, and then from the newest to the oldest,
+        up to the first that can be resumed. The ranks may see different disks.
+        """
         if dist.is_initialized():
-            dist.barrier()  # rank 0 may still be at the end of what a training of this process has saved
-        mine = {str(path): problem(path) for path in paths}
-        everyone = [mine]
-        if dist.is_initialized():
-            everyone = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everyone, mine)
-        merged: dict[str, str | None] = {}
-        for rank, theirs in enumerate(everyone):
-            for path in {*mine, *theirs}:
-                trouble = theirs.get(path, f"rank {rank} does not see it")
-                merged[path] = merged.get(path) or trouble
+            self._get_peers().barrier()  # rank 0 may still be at the end of what a training of this process has saved
+        others = {Path(path) for theirs in self._of_all_ranks([str(path) for path in found]) for path in theirs}
+        newest_first = sorted(others - {named}, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+        merged: dict[Path, str | None] = {}
+        for path in [*([] if named is None else [named]), *newest_first]:
+            troubles = self._of_all_ranks(problem(path))
+            rank, trouble = next(((rank, text) for rank, text in enumerate(troubles) if text), (0, None))
+            merged[path] = trouble if len(set(troubles)) == 1 else f"on rank {rank}: {trouble}"
+            if trouble is None:
+                break
         return merged
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        return self._get_peers().gather_object(value) if dist.is_initialized() else [value]
 
     # -- in -----------------------------------------------------------------------------------------------------------
 
-    def _replica_group(self) -> Any:
+    def _training(self) -> checkpoint.Training:
+        """What a checkpoint is of."""
+        group = dist.group.WORLD if dist.is_initialized() else None
         if self.edit_layout.num_replicas > 1:
-            return self._get_peers().replica_group
-        return dist.group.WORLD if dist.is_initialized() else None
+            group = self._get_peers().inside.group
+        return checkpoint.Training(self.edit_layout, self.model_wrapped, self.optimizer, group, self._engine)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Private in transformers 5.23, as are the underscored methods below; tests/launch resumes bit for bit.
@@ -123,7 +141,7 @@ class TrainerCheckpoints(_TrainerToBe):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
         check_model(Manifest.read(folder), model, folder)
-        checkpoint.load_model(folder, model, self._replica_group())
+        checkpoint.load_model(folder, model, self._training().group)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not has_edit_state(Path(checkpoint)):
@@ -134,10 +152,8 @@ class TrainerCheckpoints(_TrainerToBe):
 
     def _load_edit_state(self, folder: Path) -> None:
         manifest = Manifest.read(folder)
-        host = checkpoint.load_inner(
-            folder, manifest, self.edit_layout, self.model_wrapped, self.optimizer, self._replica_group()
-        )
-        self.lr_scheduler.load_state_dict(host["scheduler"])
+        host = checkpoint.load_inner(folder, manifest, self._training())
+        self.lr_scheduler.load_state_dict(host["stateful"]["scheduler"])
         self._resumed, self._resumed_host = (folder, manifest), host
         self._say_what_was_mapped(manifest)
 
@@ -162,8 +178,8 @@ class TrainerCheckpoints(_TrainerToBe):
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self._resumed is None:
             return super()._load_scaler(checkpoint)
-        if self.accelerator.scaler is not None and self._resumed_host["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(self._resumed_host["scaler"])
+        if self.accelerator.scaler is not None and "scaler" in self._resumed_host["stateful"]:
+            self.accelerator.scaler.load_state_dict(self._resumed_host["stateful"]["scaler"])
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
@@ -178,8 +194,11 @@ class TrainerCheckpoints(_TrainerToBe):
         if not self.args.save_only_model:
             if self._writes_shared():
                 start(folder)
-            dist.barrier()  # nobody writes into it before
+            self._get_peers().barrier()  # nobody writes into it before
         super()._save_checkpoint(model, trial)
+        if not self.args.save_only_model and self._writes_shared():
+            sync_to_disk(folder / "trainer_state.json")  # the older checkpoints may be gone
+            sync_to_disk(folder)
 
     def _writes_shared(self) -> bool:
         """True on the rank that makes and seals the folder: the world's first, or each host's with its own disk."""
@@ -197,34 +216,34 @@ class TrainerCheckpoints(_TrainerToBe):
         if saves_sharded(self.accelerator):
             # The Trainer would have every replica write the same names, and mix their optimizer states.
             if self.edit_layout.replica == 0:
-                save_sharded(self.model, self.optimizer, output_dir, self._replica_group())
+                save_sharded(self.model, self.optimizer, output_dir, self._training().group)
             if self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
         else:
             super()._save_optimizer_and_scheduler(output_dir)
         scaler = self.accelerator.scaler
-        host = {
-            "scheduler": self.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "rank": self._rank_state(),
-        }
-        self._engine.save(Path(output_dir), host, write_outer=self._writes_outer())
+        stateful = {"scheduler": self.lr_scheduler} | ({} if scaler is None else {"scaler": scaler})
+        host = {"rank": self._rank_state(), "stateful": {name: thing.state_dict() for name, thing in stateful.items()}}
+        step = self.state.global_step
+        checkpoint.save(Path(output_dir), self._training(), step, host, write_outer=self._writes_outer())
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self._engine is None:
             return
-        dist.barrier()  # every rank has written its part
+        self._get_peers().barrier()  # every rank has written its part
         if self._writes_shared():
-            folder = Path(output_dir)
-            unseen = [i for i in range(self.edit_layout.num_replicas) if not (folder / f"edit/replica-{i}").is_dir()]
-            if unseen and not self.args.save_on_each_node:
-                self._say_once(
-                    f"{output_dir} lies on a disk of this host alone: replicas {unseen} have written their parts "
-                    "elsewhere, and this checkpoint cannot be resumed from. Put output_dir on a file system that all "
-                    "hosts share, or set save_on_each_node=True."
-                )
-            seal(folder, self._engine.manifest(self.state.global_step))
+            manifest = checkpoint.describe(
+                self._training(), self.state.global_step, self.edit_config, self._replicas_of_the_folder()
+            )
+            seal(Path(output_dir), manifest)
+
+    def _replicas_of_the_folder(self) -> range:
+        """Whose parts `seal` must find: all, or with a disk of its own for each host those of this one."""
+        if not self.args.save_on_each_node:
+            return range(self.edit_layout.num_replicas)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // self.edit_layout.replica_size
+        return range(self.edit_layout.replica, self.edit_layout.replica + here)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, on equal replicas.

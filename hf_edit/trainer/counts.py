@@ -1,24 +1,25 @@
-"""What the Trainer gathers over the world in every step: here over the replica, or at the next sync.
+"""What the Trainer counts over the world in every step: here over the replica, or at the next sync.
 
-Tokens for the scale of the loss, tokens seen, floating point operations.
+Labels for the scale of the loss, tokens seen, floating point operations.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import Trainer
 
 from hf_edit.method.plan import SyncRecord
-from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.peers.group import Peers
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.logs import GlobalCount
-from hf_edit.trainer.accelerate_hook import of_nested
+from hf_edit.trainer.world import modules_of
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
@@ -29,9 +30,13 @@ class TrainerCounts(_TrainerToBe):
     current_flos: float
     edit_layout: Layout
     _engine: Engine | None
-    _peers: ProcessGroupPeers | None
+    _peers: Peers | None
+    _steps_at_log: int
 
     def _start_counts(self) -> None:
+        self._step_modules = modules_of(self)
+        self._unlabelled: list[Any] = []  # batches of the step under way that have no label on this rank
+        self._step_is_empty = False  # no batch of it has a label on any rank of the replica
         self._input_tokens = GlobalCount(self.edit_layout.num_replicas, self.state.num_input_tokens_seen)
         self._flos = GlobalCount(self.edit_layout.num_replicas, self.state.total_flos)
 
@@ -43,26 +48,54 @@ class TrainerCounts(_TrainerToBe):
         self._input_tokens = GlobalCount(**state["input_tokens"])
         self._flos = GlobalCount(**state["flos"])
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        # Private in transformers 5.23, as are the other underscored methods below; tests/launch counts the bytes that
-        # cross between replicas and compares losses, so it fails when one of them moves.
-        if self._engine is None or self._engine.warming_up:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        with self._gather_in_replica():
-            items = super()._get_num_items_in_batch(batch_samples, device)
-        if items is not None and self.args.average_tokens_across_devices:
-            # The loss is multiplied by all R * S processes, the gradient averaged over S: as if every replica had as
-            # many tokens as this one.
-            items = items * self.edit_layout.num_replicas
-        return items
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        if self._engine is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        with self._in_step():
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._look_for_labels(batches, device)
+        return batches, items.clamp(min=1) if isinstance(items, Tensor) else items
+
+    def _look_for_labels(self, batches: list[Any], device: torch.device) -> None:
+        """Which batches of an optimizer step have nothing to learn from on this rank, and whether none has on any rank
+        of the replica."""
+        assert self._engine is not None
+        assert self._peers is not None
+        self._unlabelled, self._step_is_empty = [], False
+        # Private in transformers 5.24: whether the first label of a row is no target. tests/launch fail when it moves.
+        counts = [num_targets(batch, self._loss_shifts_labels) for batch in batches]
+        known = [count.to(device) for count in counts if count is not None]
+        if not known or len(known) < len(counts):
+            return
+        own = torch.stack(known)
+        everyones = self._peers.inside.sum(own.sum()[None])
+        *numbers, in_replica = torch.cat([own, everyones]).tolist()
+        self._unlabelled = [batch for batch, number in zip(batches, numbers, strict=True) if number == 0]
+        # In the warm-up the other replicas' gradients are averaged into this one's.
+        self._step_is_empty = in_replica == 0 and not self._engine.warming_up
+
+    def _leave_out_empty_step(self) -> None:
+        """The optimizer is about to step: without gradients it moves neither parameters nor moments."""
+        if self._step_is_empty:
+            self.model_wrapped.zero_grad()
+            self._steps_at_log += 1  # it has no loss that the next log entry could average
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
+        # Private in transformers 5.24; tests/launch counts the bytes that cross between replicas.
         if self._engine is None:
             return super()._track_num_input_tokens(inputs)
+        assert self._peers is not None
         before = self.state.num_input_tokens_seen
-        with self._gather_in_replica():
+        with self.accelerator.in_replica(self._peers):
             super()._track_num_input_tokens(inputs)
+        self._count_input_tokens(before, in_replica=True)
+
+    def _count_input_tokens(self, before: int, in_replica: bool) -> None:
+        """The state's count has gone up since `before` by this replica's tokens, or by those of all."""
+        assert self._engine is not None
         counted = self.state.num_input_tokens_seen - before
+        if not in_replica:
+            counted /= self.edit_layout.num_replicas
         self._input_tokens.add(counted)
         self._engine.tally(input_tokens=counted / self.edit_layout.replica_size)
         self.state.num_input_tokens_seen = round(self._input_tokens.value)
@@ -75,15 +108,12 @@ class TrainerCounts(_TrainerToBe):
         self.current_flos = 0
         self.state.total_flos = self._flos.value
 
-    @contextlib.contextmanager
-    def _gather_in_replica(self) -> Iterator[None]:
-        """Inside, `accelerator.gather` (and so `gather_for_metrics`) reaches the ranks of the replica only."""
+    def _in_step(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the world is that of the step: the replica, and in the warm-up all of it."""
+        if self._engine is None or self._engine.warming_up:
+            return contextlib.nullcontext()
         assert self._peers is not None
-        self.accelerator.gather = of_nested(self._peers.gather_in_replica)
-        try:
-            yield
-        finally:
-            del self.accelerator.gather
+        return self.accelerator.in_replica(self._peers, self._step_modules)
 
     def _hand_over_counts(self) -> None:
         self._input_tokens.hand_over()
@@ -93,5 +123,21 @@ class TrainerCounts(_TrainerToBe):
         self._input_tokens.confirm(float(record.plan.tallies["input_tokens"].sum()))
         self._flos.confirm(float(record.plan.tallies["flos"].sum()))
         self.state.total_flos = self._flos.value
-        if self.args.include_num_input_tokens_seen != "no":  # else it stays 0, as the Trainer leaves it
-            self.state.num_input_tokens_seen = round(self._input_tokens.value)
+        self.state.num_input_tokens_seen = round(self._input_tokens.value)
+
+
+def num_targets(batch: Any, shifted: bool) -> Tensor | None:
+    """Labels in `batch` that a loss counts, as the Trainer counts them, a scalar; None if it has no such labels.
+
+    Args:
+        batch: what the data collator made: a dict with "labels" (or "shift_labels") [..., L], -100 where there is none.
+        shifted: the first of the "labels" is no target.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    labels = batch.get("shift_labels")
+    if labels is None:
+        labels = batch.get("labels")
+        if shifted and isinstance(labels, Tensor):
+            labels = labels[..., 1:]
+    return labels.ne(-100).sum() if isinstance(labels, Tensor) else None

@@ -5,7 +5,6 @@ The Trainer sees no flag that has not been decided (`hf_edit.method.conductor` s
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -51,6 +50,8 @@ class TrainerDecisions(_TrainerToBe):
     _conductor: Conductor
     _steps: GlobalSteps
     _jit: JointJITCheckpoint | None = None
+    _carrying_out: frozenset[str] = frozenset()  # what all ranks do now
+    _step_is_empty: bool
 
     def _save_together_on_sigterm(self) -> None:
         """To be called once the Trainer has its callbacks."""
@@ -78,25 +79,33 @@ class TrainerDecisions(_TrainerToBe):
         for what in self._decide_together(stepped):
             self._log_syncs()
             self._collect_requests()  # of callbacks that heard of the sync
-            for request, flag in FLAGS.items():
-                setattr(self.control, flag, request in what)
+            self._show(what)
+            self.control.should_log = False  # is done; the Trainer would gather the loss over all ranks
             carry_out()
             self._collect_requests()
+            self._show(frozenset())
             decided = True
         self._log_syncs()
         self._collect_requests()
         if decided and self._engine is not None:
             self._engine.schedule.rest_timer()
         elif not decided:
+            self.control.should_log = False
             carry_out()
         self.control.should_training_stop = self._conductor.stopping
         self.control.should_epoch_stop = self._conductor.cutting
 
     def _collect_requests(self) -> None:
-        """What callbacks have asked for since the last time; the flags are taken back until it is decided."""
-        self._conductor.request({request for request, flag in FLAGS.items() if getattr(self.control, flag)})
-        for flag in FLAGS.values():
-            setattr(self.control, flag, False)
+        """What callbacks have asked for since the last time; flags are taken back until they are decided."""
+        asked = {request for request, flag in FLAGS.items() if getattr(self.control, flag)}
+        self._conductor.request(asked - self._carrying_out)
+        self._show(self._carrying_out - {"evaluate"})  # the Trainer evaluates before all else
+
+    def _show(self, decided: frozenset[str]) -> None:
+        """The Trainer's flags say what has been decided."""
+        self._carrying_out = decided
+        for request, flag in FLAGS.items():
+            setattr(self.control, flag, request in decided)
 
     def _decide_together(self, stepped: bool) -> Iterator[frozenset[str]]:
         """Counts the step, and yields what all ranks now do, at the same step."""
@@ -156,7 +165,7 @@ class TrainerDecisions(_TrainerToBe):
         if not self._steps.uncounted:
             return
         self._steps.uncounted = False
-        skipped = self.accelerator.optimizer_step_was_skipped
+        skipped = self.accelerator.optimizer_step_was_skipped or self._step_is_empty
         if not self._engine.warming_up:
             self.edit_stats.inner_steps += not skipped
         self._hear(self._engine.step(self._conductor.requests, skipped), by_progress=True)
@@ -166,7 +175,7 @@ class TrainerDecisions(_TrainerToBe):
         if self._jit is None or self._engine is None:
             return False
         count = torch.tensor(float(self._jit.requested), device=self.args.device)
-        return float(self._engine.peers.sum_in_replica(count)) > 0
+        return float(self._engine.peers.inside.sum(count)) > 0
 
     def _say_what_moves(self) -> None:
         hint = " Make eval_steps and save_steps multiples of sync_interval to keep them where they are."
@@ -178,18 +187,6 @@ class TrainerDecisions(_TrainerToBe):
         self._say_once(f"what falls between two syncs ({what}) moves to the next sync.{hint}")
 
     # -- called by the user, or by the Trainer when it carries out -----------------------------------------------------
-
-    @contextlib.contextmanager
-    def _flags_become_requests(self) -> Iterator[None]:
-        """What callbacks ask for inside is decided later, together; the flags are what they were."""
-        before = {flag: getattr(self.control, flag) for flag in FLAGS.values()}
-        yield
-        if self._engine is None:
-            return
-        asked = {request for request, flag in FLAGS.items() if getattr(self.control, flag) and not before[flag]}
-        self._conductor.request(asked)
-        for flag, value in {**before, "should_evaluate": False}.items():
-            setattr(self.control, flag, value)
 
     def _make_replicas_equal(self, what: str) -> None:
         engine = self._engine

@@ -43,7 +43,7 @@ class TrainerLogs(_TrainerToBe):
         own_steps = self._steps.own - self._steps_at_log
         sums = torch.stack([tr_loss.detach(), torch.full_like(tr_loss, own_steps)])
         if due:
-            gather = self.accelerator.gather if self._steps.warm_up else self._engine.peers.gather_in_replica
+            gather = self.accelerator.gather if self._steps.warm_up else self._engine.peers.inside.gather
             sums = gather(sums)
         wanted = asked or (due and self._steps.by_time)  # by time, no callback of the Trainer asks
         if wanted and own_steps > 0 and self.state.global_step > self._globalstep_last_logged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import hf_edit.checkpoint.state as checkpoint
 from hf_edit.checkpoint.manifest import Manifest, check_model, problem, seal, start
+from hf_edit.checkpoint.outer import outer_tensors
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout
@@ -19,8 +21,12 @@ from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import is_prepared
 from hf_edit.telemetry.logs import sync_logs
 from hf_edit.trainer.accelerate_hook import keep_loader_local, layout_of, make_accelerator
+from hf_edit.trainer.checks import check_optimizer
 
 logger = logging.getLogger(__name__)
+
+# Entries that wait for `logs()`: a loop that never asks shall not keep those of all its syncs.
+KEPT_LOGS = 1000
 
 
 class EDiT:
@@ -37,8 +43,8 @@ class EDiT:
                     optimizer.zero_grad()
                 edit.step(loss)
 
-    At the end of the `with` block all replicas are equal. Before an evaluation or a save in between, call `flush()`.
-    With one replica nothing happens.
+    At the end of the `with` block all replicas are equal. Before an evaluation in between, call `flush()`. With one
+    replica there is nothing to sync, and what `save` writes several can continue.
 
     Args:
         accelerator: made by `EDiT.accelerator`.
@@ -56,7 +62,9 @@ class EDiT:
         self._model, self._optimizer = model, optimizer
         self._engine: Engine | None = None
         self._hook: Any = None
-        self._last_logs: list[dict[str, float]] = []
+        self._said_dropped = False
+        self._logs: deque[dict[str, float]] = deque(maxlen=KEPT_LOGS)
+        self._own_steps = self._steps_of_all = 0
         if accelerator.is_main_process:
             plain = "" if self.layout.num_replicas > 1 else ": nothing to sync"
             logger.warning("EDiT: %s%s.", self.layout, plain)
@@ -67,6 +75,7 @@ class EDiT:
                 f"The model is a plain {type(model).__name__}. Give EDiT what accelerator.prepare(model, optimizer) "
                 "returned."
             )
+        check_optimizer(optimizer, self.layout, self.config)
         keep_loader_local(accelerator)
         self._peers = ProcessGroupPeers(self.layout, self.config.longest_wait_seconds)
         self._start(first_step=0)
@@ -86,6 +95,7 @@ class EDiT:
         return make_accelerator(EDiTConfig.load(edit_config), settings)
 
     def _start(self, first_step: int) -> Engine:
+        self._looked_at = 0  # the sync after which it was last asked for its records by `step`
         self._engine = Engine(self._model, self._optimizer, self.config, self._peers, first_step=first_step)
         return self._engine
 
@@ -101,7 +111,8 @@ class EDiT:
             return
         if kind is None:
             self._engine.barrier()
-            self._last_logs = self.logs()
+            self._keep_logs()
+            self._note_steps()
         else:
             self._engine.abandon()
         self._engine.close()
@@ -116,13 +127,21 @@ class EDiT:
             tokens: of this batch, for the logs.
         """
         if self._engine is None:
+            if self._accelerator.sync_gradients and not self._accelerator.optimizer_step_was_skipped:
+                self._own_steps = self._steps_of_all = self._own_steps + 1
             return
         if loss is not None:
             share = self._accelerator.gradient_accumulation_steps * self.layout.replica_size
             self._engine.tally(loss=loss.detach().float() / share)
         self._engine.tally(tokens=float(tokens))
         if self._accelerator.sync_gradients:
-            self._engine.step(skipped=self._accelerator.optimizer_step_was_skipped)
+            skipped = self._accelerator.optimizer_step_was_skipped
+            if skipped:  # the optimizer was not called, nor its hook
+                self._engine.before_optimizer_step()
+            self._engine.step(skipped=skipped)
+            if self._engine.sync.sync_count - self._looked_at >= KEPT_LOGS // 10:
+                self._looked_at = self._engine.sync.sync_count
+                self._keep_logs()
 
     def flush(self) -> None:
         """Makes the replicas equal: syncs what was learnt since the last sync. To be called on all ranks.
@@ -139,14 +158,27 @@ class EDiT:
     @property
     def progress(self) -> float:
         """Optimizer steps of all replicas / R; between two syncs an estimate. For the learning rate of A-EDiT."""
-        return 0.0 if self._engine is None else self._engine.progress.value
+        return float(self._steps_of_all) if self._engine is None else self._engine.progress.value
 
     def logs(self) -> list[dict[str, float]]:
-        """The `edit/...` entries of each sync that has ended since the last call, for `accelerator.log`."""
-        if self._engine is not None:
-            return [sync_logs(record) for record in self._engine.take_records()]
-        found, self._last_logs = self._last_logs, []  # of the sync that ended the `with` block
+        """The `edit/...` entries of each sync that has ended since the last call, for `accelerator.log`.
+
+        Of more than `KEPT_LOGS` = 1,000 syncs only the last are kept.
+        """
+        self._keep_logs()
+        found = list(self._logs)
+        self._logs.clear()
         return found
+
+    def _keep_logs(self) -> None:
+        """Takes what has ended from the engine; on CUDA it waits for the last one's copy to the host."""
+        if self._engine is None:
+            return
+        new = [sync_logs(record) for record in self._engine.take_records()]
+        if len(self._logs) + len(new) > KEPT_LOGS and not self._said_dropped and self._accelerator.is_main_process:
+            logger.warning("EDiT: nobody asks for logs(); only those of the last %d syncs are kept.", KEPT_LOGS)
+            self._said_dropped = True
+        self._logs += new
 
     def state_dict(self) -> dict[str, Any]:
         """Anchor, outer momentum and detectors by name, sharded like the model and sharing memory, and the counters.
@@ -161,7 +193,10 @@ class EDiT:
             return {}
         if self._engine.sync.pending:
             raise RuntimeError("A sync is under way; what it brings is not in the state yet. flush() first.")
-        return {**checkpoint.outer_tensors(self._engine.sync), "counters": self._engine.counters()}
+        return {
+            **outer_tensors(self._engine.sync, self._training().ranks),
+            "counters": checkpoint.counters(self._engine),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave, on the same layout. A sync that is under way is given up."""
@@ -169,13 +204,13 @@ class EDiT:
             return
         self._engine.abandon()
         self._engine.go_on_at(int(state["counters"]["step"]))
-        mine = checkpoint.outer_tensors(self._engine.sync)
+        mine = outer_tensors(self._engine.sync, self._training().ranks)
         missing = set(mine) ^ (set(state) - {"counters"})
         if missing:
             raise ValueError(f"The state is of another model or method; only one side has: {sorted(missing)[:8]}.")
         for name, tensor in mine.items():
             tensor.copy_(state[name])
-        self._engine.load_counters(state["counters"])
+        checkpoint.load_counters(self._engine, state["counters"])
 
     def save(self, folder: str | Path, **stateful: Any) -> None:
         """Writes model, inner optimizer and outer state of all replicas, after a `flush()`. Called on all ranks.
@@ -183,49 +218,63 @@ class EDiT:
         Args:
             folder: on a file system that all hosts share.
             stateful: more to keep for each replica, such as `scheduler=scheduler`.
+
+        Raises:
+            RuntimeError: not every rank's part is in the folder; it is no checkpoint then.
         """
         folder = Path(folder)
-        if self._engine is None:
-            self._accelerator.save_state(str(folder))
-            return
         self.flush()
-        if self._accelerator.is_main_process:
+        self._note_steps()
+        first = self.layout.rank == 0
+        if first:
             start(folder)
-        dist.barrier()
-        engine = self._engine
+        self._accelerator.wait_for_everyone()
         host = {
-            "rank": {"own_steps": engine.schedule.step},
-            **{name: thing.state_dict() for name, thing in stateful.items()},
+            "rank": {"own_steps": self._own_steps},
+            "stateful": {name: thing.state_dict() for name, thing in stateful.items()},
         }
-        engine.save(folder, host, write_outer=self.layout.replica == 0)
-        dist.barrier()
-        if self._accelerator.is_main_process:
-            seal(folder, engine.manifest(round(engine.progress.value) if engine.by_time else engine.schedule.step))
-        dist.barrier()
+        step = self._steps_of_all
+        checkpoint.save(folder, self._training(), step, host, write_outer=self.layout.replica == 0)
+        self._accelerator.wait_for_everyone()
+        if first:
+            seal(folder, checkpoint.describe(self._training(), step, self.config))
+        self._accelerator.wait_for_everyone()
 
     def load(self, folder: str | Path, **stateful: Any) -> int:
         """Takes what `save` wrote, also by another number of replicas and shards; the optimizer steps taken until then
         by this replica (with `sync_seconds` and another layout: by all replicas / R).
 
         Raises:
-            ValueError: the folder is not whole, or of another model.
+            ValueError: the folder is not whole, of another model, or has none of what `stateful` names.
         """
         folder = Path(folder)
-        if self._engine is None:
-            self._accelerator.load_state(str(folder))
-            return 0
         if (trouble := problem(folder, trainer=False)) is not None:
             raise ValueError(f"Cannot continue from {folder}: {trouble}.")
         manifest = Manifest.read(folder)
         check_model(manifest, self._model, folder)
-        group = self._peers.replica_group
-        checkpoint.load_model(folder, self._model, group)
-        host = checkpoint.load_inner(folder, manifest, self.layout, self._model, self._optimizer, group)
+        host = checkpoint.read_host(folder, manifest, self.layout)
+        if missing := set(stateful) - set(host["stateful"]):
+            raise ValueError(f"{folder} was saved without {sorted(missing)}; it keeps {sorted(host['stateful'])}.")
+        checkpoint.load_model(folder, self._model, self._training().group)
+        checkpoint.load_inner(folder, manifest, self._training())
         for name, thing in stateful.items():
-            thing.load_state_dict(host[name])
-        self._engine.abandon()  # a sync that was under way belongs to what is given up
+            thing.load_state_dict(host["stateful"][name])
         own_steps: int = manifest.step if host["rank"] is None else host["rank"]["own_steps"]
-        self._start(own_steps).load(folder, manifest)
-        if host["rank"] is not None:
-            self._engine.load_rank(host["rank"])
+        self._own_steps, self._steps_of_all = own_steps, manifest.step
+        if self._engine is not None:
+            self._engine.abandon()  # a sync that was under way belongs to what is given up
+            engine = self._start(own_steps)
+            checkpoint.load_outer(folder, manifest, self._training())
+            if host["rank"] is not None:
+                checkpoint.load_rank(engine, host["rank"])
         return own_steps
+
+    def _note_steps(self) -> None:
+        if self._engine is not None:
+            self._own_steps, self._steps_of_all = self._engine.schedule.step, round(self._engine.progress.value)
+
+    def _training(self) -> checkpoint.Training:
+        group = dist.group.WORLD if dist.is_initialized() else None
+        if self.layout.num_replicas > 1:
+            group = self._peers.inside.group
+        return checkpoint.Training(self.layout, self._model, self._optimizer, group, self._engine)

@@ -32,27 +32,27 @@ FLAGS = {  # the conductor's REQUESTS and the Trainer's flags
 
 
 class FollowProgress:
-    """A learning-rate scheduler that stands at the global step, however many steps this replica takes."""
+    """A learning-rate scheduler that stands at the global step, however many steps this replica takes.
 
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
-        self.progress: GlobalProgress | None = None  # None: one step is one step
-        self._stands_at = self._last = 0
+    Args:
+        scheduler: torch's; what it has, this one has, too.
+        progress: which it follows from where it stands, up to the step `last`.
+    """
 
-    def follow(self, progress: GlobalProgress, stands_at: int, last: int) -> None:
-        """From here on it follows `progress`, up to the step `last`."""
-        self.progress, self._stands_at, self._last = progress, stands_at, last
+    def __init__(self, scheduler: Any, progress: GlobalProgress, last: int) -> None:
+        self.scheduler, self.progress = scheduler, progress
+        self._stands_at, self._last = scheduler.last_epoch, last
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """After an optimizer step, which `progress` has not been told of yet."""
-        due = self._stands_at + 1
-        if self.progress is not None:
-            due = min(int(self.progress.value + self.progress.rate), self._last)
+        due = min(int(self.progress.value + self.progress.rate), self._last)
         for _ in range(self._stands_at, due):
             self.scheduler.step(*args, **kwargs)
         self._stands_at = max(self._stands_at, due)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "scheduler" or name.startswith("__"):  # asked of a copy that is not filled yet
+            raise AttributeError(name)
         return getattr(self.scheduler, name)
 
 
@@ -61,12 +61,14 @@ class GlobalSteps:
     """The steps of one training, as one rank counts them; all that the other parts of the Trainer know of it.
 
     Args:
+        begun: False before the first training.
         by_time: replicas take different numbers of steps.
         lockstep: all replicas are known to come to the same steps and epochs' ends.
         own: optimizer steps of this replica, since the training began and over all its resumptions.
         flow: the Trainer's own rules of what is due at which step.
     """
 
+    begun: bool = False
     by_time: bool = False
     lockstep: bool = True
     own: int = 0
@@ -142,22 +144,35 @@ class GlobalSteps:
         return due
 
 
+class _FirstBatches:
+    """The first `length` batches of a loader, as far as the Trainer asks before the training."""
+
+    def __init__(self, loader: Any, length: int) -> None:
+        self.dataset, self._length = getattr(loader, "dataset", None), length
+
+    def __len__(self) -> int:
+        return self._length
+
+
 class TrainerProgress(_TrainerToBe):
     """The part of `EDiTMixin` that follows the global progress."""
 
     edit_config: EDiTConfig
     edit_layout: Layout
+    lr_scheduler: Any
     _engine: Engine | None
     _steps: GlobalSteps
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
-        """As the Trainer's, but a fast replica may go through its data as often as all replicas together."""
+        """As the Trainer's, but an epoch is as long on all ranks as on that with the fewest batches; and with A-EDiT a
+        fast replica may go through its data as often as all replicas together."""
+        if self.edit_layout.num_replicas > 1:
+            dataloader = self._as_long_as_the_shortest(dataloader)
         values = super().set_initial_training_values(args, dataloader)
         replicas = self.edit_layout.num_replicas
         by_time = self.edit_config.sync_seconds is not None and replicas > 1
         # A stream may end on one replica before it does on another, and then nobody can count on the others' steps.
-        sized = has_length(dataloader) and self.accelerator.even_batches
-        self._steps = GlobalSteps(by_time=by_time, lockstep=sized and not by_time)
+        self._steps = GlobalSteps(begun=True, by_time=by_time, lockstep=has_length(dataloader) and not by_time)
         if not by_time:
             return values
         epochs, steps_per_epoch, examples, samples, batch, batches_per_epoch, max_steps = values
@@ -167,6 +182,28 @@ class TrainerProgress(_TrainerToBe):
         # What it does by its rules is done for every global step, not for every step of this replica.
         self._steps.flow = self.pop_callback(DefaultFlowCallback) or DefaultFlowCallback()
         return epochs * replicas + 1, steps_per_epoch, examples, samples, batch, batches_per_epoch, max_steps
+
+    def _as_long_as_the_shortest(self, dataloader: Any) -> Any:
+        """Ranks may have different numbers of batches (even_batches=False, a loader of the user's own): each would end
+        its epochs by itself, and the ranks of one replica would wait for each other's gradients for ever.
+
+        Raises:
+            ValueError: a rank has no batch at all, or only some ranks know how many they have.
+        """
+        mine = len(dataloader) if has_length(dataloader) else None
+        lengths = self._get_peers().gather_object(mine)
+        if len(set(lengths)) == 1 and mine != 0:
+            return dataloader
+        if None in lengths or 0 in lengths:
+            raise ValueError(
+                f"Batches in an epoch by rank: {lengths} (None: no length). Every rank needs at least one, and all or "
+                "none a length."
+            )
+        self._say_once(
+            f"ranks have between {min(lengths)} and {max(lengths)} batches in an epoch; it ends after {min(lengths)} "
+            "on all of them."
+        )
+        return _FirstBatches(dataloader, min(lengths))
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: Any,
@@ -192,14 +229,6 @@ class TrainerProgress(_TrainerToBe):
         epochs, steps = divmod(self._steps.own, num_update_steps_per_epoch)
         return epochs, steps * self.args.gradient_accumulation_steps
 
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, standing at the global step with A-EDiT. One that follows a metric is left alone."""
-        scheduler: Any = super().create_scheduler(*args, **kwargs)
-        by_time = self.edit_config.sync_seconds is not None and self.edit_layout.num_replicas > 1
-        if by_time and hasattr(scheduler, "last_epoch") and hasattr(scheduler, "base_lrs"):
-            self.lr_scheduler = scheduler = FollowProgress(scheduler)
-        return scheduler
-
     def _start_progress(self, first: bool) -> None:
         """The engine is ready: the schedule follows it. `first`: this rank has no progress of its own from before."""
         assert self._engine is not None
@@ -211,8 +240,12 @@ class TrainerProgress(_TrainerToBe):
         self.state.num_train_epochs = steps.num_epochs
         if first:
             self._engine.progress.confirmed = float(self.state.global_step)
-        if isinstance(self.lr_scheduler, FollowProgress):
-            self.lr_scheduler.follow(self._engine.progress, self.lr_scheduler.last_epoch, self.state.max_steps)
+        scheduler = self.lr_scheduler
+        if isinstance(scheduler, FollowProgress):  # of an earlier training
+            scheduler = scheduler.scheduler
+        if hasattr(scheduler, "last_epoch") and hasattr(scheduler, "base_lrs"):
+            scheduler = FollowProgress(scheduler, self._engine.progress, self.state.max_steps)
+        self.lr_scheduler = self.callback_handler.lr_scheduler = scheduler
 
     def _before_the_trainer_counts(self) -> None:
         """An optimizer step was taken, which the Trainer will count next: the sum shall be the global step."""

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+import hf_edit.checkpoint.state as checkpoint
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import Conductor
 from hf_edit.peers.group import ProcessGroupPeers
@@ -31,10 +33,12 @@ from hf_edit.trainer.accelerate_hook import (
     replica_accelerator_args,
 )
 from hf_edit.trainer.checkpoints import EDiTCheckpointMark, TrainerCheckpoints
+from hf_edit.trainer.checks import check_optimizer, check_order, check_wrapping, never_due, passed_over
 from hf_edit.trainer.counts import TrainerCounts
 from hf_edit.trainer.decisions import TrainerDecisions
 from hf_edit.trainer.logs import TrainerLogs
 from hf_edit.trainer.progress import GlobalSteps, TrainerProgress
+from hf_edit.trainer.world import ReplicaAccelerator, check_generation, check_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,11 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
     """
 
     is_fsdp_enabled: bool
+    model_wrapped: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_order(cls, EDiTMixin, Trainer)
 
     def __init__(self, *args: Any, edit_config: Any = None, **kwargs: Any) -> None:
         self.edit_config = EDiTConfig.load(edit_config)
@@ -65,6 +74,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         self._steps, self._conductor = GlobalSteps(), Conductor()
         self._said: set[str] = set()
         super().__init__(*args, **kwargs)
+        check_sampling(self, self.edit_layout)
         self._say_what_trains()
         if self.edit_layout.num_replicas > 1:
             self._driver = _EngineDriver(self)
@@ -90,22 +100,25 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
 
     def create_accelerator_and_postprocess(self) -> None:
         self.edit_layout: Layout = plan_layout(self.args, self.edit_config, self.model)
+        check_generation(self.args, self.edit_layout, self.edit_config.warmup_steps)
         if self.args.process_index == 0:  # the one that reports
             go_offline_without_login(self.args.report_to)
         super().create_accelerator_and_postprocess()
         check_accelerator(self.accelerator, self.edit_layout)
         if self.edit_layout.num_replicas > 1:
             read_everywhere(self.accelerator.dataloader_config)
+            ReplicaAccelerator.take_over(self.accelerator)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        if not hasattr(self, "edit_layout"):
+            raise passed_over(self, "create_accelerator_and_postprocess")
         built = super()._build_accelerator_args(**kwargs)
         return replica_accelerator_args(built, self.args, self.edit_layout)
 
-    def get_train_dataloader(self) -> Any:
-        dataloader = super().get_train_dataloader()
-        if self.edit_layout.num_replicas > 1:
-            equalise_sampler_once(dataloader)
-        return dataloader
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.edit_layout.num_replicas > 1 and self.is_fsdp_enabled and not is_prepared(self.model):
+            check_wrapping(self.model, self.accelerator.state.fsdp_plugin, self.edit_layout)
+        return super().train(*args, **kwargs)
 
     def _get_peers(self) -> ProcessGroupPeers:
         if self._peers is None:
@@ -115,6 +128,13 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
     def _start_engine(self) -> None:
         if self._engine is not None:
             self._engine.abandon()  # an earlier training was broken off
+        check_optimizer(self.optimizer, self.edit_layout, self.edit_config)
+        if not self._steps.begun:
+            raise passed_over(self, "set_initial_training_values")
+        if (warning := never_due(self.edit_config, self.state.global_step, self.state.max_steps)) is not None:
+            self._say_once(warning)
+        equalise_sampler_once(self.callback_handler.train_dataloader)
+        self._saw_training_step = False
         self.edit_stats = EDiTStats()
         self._conductor = Conductor(by_time=self._steps.by_time)
         self._batch_size_agreed = False
@@ -131,7 +151,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         )
         rank_state = self._resumed_host["rank"] if self._resumed else None  # None: of another layout
         if self._resumed:
-            self._engine.load(*self._resumed)
+            checkpoint.load_outer(*self._resumed, self._training())
             self._restore_rank_state(rank_state)
         self._start_progress(first=rank_state is None)
         elements = sum(part.numel() for unit in self._engine.units for part in unit.parts())
@@ -145,7 +165,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         if state is None:  # another layout
             return
         assert self._engine is not None
-        self._engine.load_rank(state)
+        checkpoint.load_rank(self._engine, state)
         self._restore_counts(state)
         self._spikes = LossSpikeDetector(**{**state["spikes"], "threshold": self.edit_config.loss_spike_threshold})
 
@@ -155,15 +175,23 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         if self._engine is None:
             return super().training_step(model, inputs, num_items_in_batch)
         self._driver.stand_last()
+        self._saw_training_step = True
         main_input_name = getattr(self.model, "main_input_name", "input_ids")
         main_input = inputs.get(main_input_name) if isinstance(inputs, Mapping) else None
         tokens = main_input.numel() if isinstance(main_input, Tensor) else 0
+        unlabelled = any(inputs is batch for batch in self._unlabelled)
+        seen = self.state.num_input_tokens_seen
         with contextlib.ExitStack() as stack:
             if self.args.auto_find_batch_size:
                 stack.enter_context(self._same_batch_size())
-            if not self._engine.warming_up:  # what a user's or TRL's compute_loss gathers, say for its metrics
-                stack.enter_context(self._gather_in_replica())
+            stack.enter_context(self._in_step())
+            if unlabelled:
+                stack.enter_context(self.accelerator.without_gradient(model))
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if unlabelled:
+            loss = torch.zeros_like(loss)
+        if self.state.num_input_tokens_seen != seen:  # GRPO counts them here
+            self._count_input_tokens(seen, in_replica=not self._engine.warming_up)
         self._engine.tally(loss=loss / self.edit_layout.replica_size, tokens=tokens)
         return loss
 
@@ -192,15 +220,11 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
 
     # -- evaluation, the end ------------------------------------------------------------------------------------------
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        self._make_replicas_equal("evaluate")
-        with self._whole_until_trained(), self._flags_become_requests():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        self._make_replicas_equal("predict")
-        with self._whole_until_trained(), self._flags_become_requests():
-            return super().predict(*args, **kwargs)
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, of `evaluate` and `predict`, on equal replicas."""
+        self._make_replicas_equal("evaluate or predict")
+        with self._whole_until_trained():
+            return super().evaluation_loop(*args, **kwargs)
 
     @contextlib.contextmanager
     def _whole_until_trained(self) -> Iterator[None]:
@@ -209,11 +233,12 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
             yield
             return
         self.model.to(self.args.device)
-        self.is_fsdp_enabled = False
+        self.is_fsdp_enabled, wrapped = False, self.model_wrapped
         try:
             yield
         finally:
-            self.is_fsdp_enabled = True
+            # A compiled model, which evaluation leaves here, would be taken for one that is sharded already.
+            self.is_fsdp_enabled, self.model_wrapped = True, wrapped
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         if self._engine is not None:
@@ -256,10 +281,16 @@ class _EngineDriver(TrainerCallback):
         self.trainer._steps.begin_epoch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer._saw_training_step:
+            raise passed_over(self.trainer, "training_step")
         self.trainer._engine.before_optimizer_step()
+        self.trainer._leave_out_empty_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._before_the_trainer_counts()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._collect_requests()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._collect_requests()  # or the Trainer would save next, on this rank alone

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_edit.sync.background import at_once
+from hf_edit.sync.overlap import at_once
 from hf_edit.config import EDiTConfig
 from hf_edit.sync.engine import Engine
 from hf_edit.peers.group import ProcessGroupPeers

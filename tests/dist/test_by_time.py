@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_edit.sync.background import BackgroundReduction, at_once, in_thread
+from hf_edit.sync.overlap import Worker, at_once
 from hf_edit.config import EDiTConfig
 from hf_edit.sync.engine import Engine
 from hf_edit.peers.group import ProcessGroupPeers
@@ -167,19 +168,22 @@ def test_a_job_that_fails_on_its_thread_fails_where_it_is_waited_for() -> None:
         raise ValueError("the network is gone")
 
     with pytest.raises(ValueError, match="the network is gone"):
-        in_thread(job)()
-    assert in_thread(lambda: 7)() == at_once(lambda: 7)() == 7
+        Worker()(job)()
+    assert at_once(lambda: 7)() == 7
+    worker = Worker()
+    assert [worker(threading.get_ident)() == threading.get_ident() for _ in range(2)] == [False, False]
+    assert worker(threading.get_ident)() == worker(threading.get_ident)(), "one thread for all of them"
 
 
 def test_a_sync_whose_thread_fails_before_the_exchange_fails_where_its_plan_is_awaited(monkeypatch: Any) -> None:
-    def fail(_: Any) -> Any:
+    def fail(*_: Any) -> Any:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(BackgroundReduction, "_reduce", fail)
+    monkeypatch.setattr(ProcessGroupPeers, "begin", fail)
 
     def body(rank: int) -> None:
         replica = Replica(rank, 2, step_seconds=1.0, gradient=1.0, sync_interval=2, overlap="delayed", delay_steps=1)
-        replica.engine.sync._runner = in_thread
+        replica.engine._way._runner = Worker()
         replica.step()
         replica.step()
         with pytest.raises(RuntimeError, match="the device is gone"):

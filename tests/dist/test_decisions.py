@@ -31,8 +31,7 @@ class PlainLoop:
             assert self._engine.replicas_equal
             dist.barrier()
             self.evaluated.append(self.state.global_step)
-            with self._flags_become_requests():
-                self.control.should_evaluate = False
+            self.control.should_evaluate = False
 
 
 class ByHand(TrainerDecisions, TrainerProgress, PlainLoop):

@@ -85,6 +85,63 @@ def test_overlap_forward_and_none_agree_bit_for_bit(shape: tuple[int, int]) -> N
     assert len(forward[0].records) == len(blocking[0].records) == 3
 
 
+def prefetch_next(model: Any) -> None:
+    model.embed.set_modules_to_forward_prefetch([model.blocks[0]])
+    model.blocks[0].set_modules_to_forward_prefetch([model.blocks[1]])
+    model.blocks[1].set_modules_to_forward_prefetch([model.norm])
+
+
+def prefetch_several(model: Any) -> None:
+    model.embed.set_modules_to_forward_prefetch([model.blocks[0], model.blocks[1], model.norm])
+
+
+def prefetch_from_the_root(model: Any) -> None:
+    model.set_modules_to_forward_prefetch([model.embed, model.blocks[0]])
+
+
+def prefetch_the_next_pass(model: Any) -> None:
+    model.norm.set_modules_to_forward_prefetch([model.embed])
+
+
+def gather_by_hand(step: int, engine: Any, model: Any, optimizer: Any) -> None:
+    for module in (model.embed, model.blocks[1], model.norm):
+        module.unshard(async_op=True)
+
+
+def look_before_the_sync(step: int, engine: Any, model: Any, optimizer: Any) -> None:
+    """A forward pass without a backward one leaves gathered copies behind."""
+
+    @torch.no_grad()
+    def look(*_: Any) -> None:
+        model(batch(0, 0)[0])
+
+    if step == 0:
+        optimizer.register_step_post_hook(look)
+
+
+@pytest.mark.parametrize("overlap", ["none", "forward", "delayed"])
+@pytest.mark.parametrize(
+    "gathering",
+    [
+        prefetch_next, prefetch_several, prefetch_from_the_root, prefetch_the_next_pass, gather_by_hand,
+        look_before_the_sync,
+    ],
+)  # fmt: skip
+def test_what_was_gathered_before_a_write_is_gathered_anew(gathering: Any, overlap: str) -> None:
+    """Else a forward pass, and what it learns from, would use the parameters of before the sync."""
+    config = dataclasses.replace(FULL, overlap=overlap, delay_steps=2)
+
+    def before_step(step: int, engine: Any, model: Any, optimizer: Any) -> None:
+        if gathering in (gather_by_hand, look_before_the_sync):
+            gathering(step, engine, model, optimizer)
+        elif step == 0:
+            gathering(model)
+
+    for one, other in zip(runs(2, 2, config, before_step=before_step), runs(2, 2, config), strict=True):
+        assert one.losses == other.losses
+        assert_same(one.params, other.params)
+
+
 @pytest.mark.parametrize("overlap", ["none", "forward", "delayed"])
 def test_more_units_in_flight_change_nothing(overlap: Literal["none", "forward", "delayed"]) -> None:
     config = dataclasses.replace(FULL, overlap=overlap, delay_steps=2)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_edit.config import EDiTConfig
-from hf_edit.peers.group import ProcessGroupPeers, _default_store
+from hf_edit.peers.faults import Arrivals, default_store
 from hf_edit.peers.layout import Layout
 from tests.dist.nets import Run, full, train
 from tests.dist.threads import run_ranks
@@ -117,7 +117,7 @@ def test_all_broken_goes_back_to_the_anchor(overlap: str) -> None:
     anchors: dict[int, list[list[torch.Tensor]]] = {}
 
     def keep(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:
-        state = [s.anchor.clone() for s in engine.sync.states] + [s.momentum.clone() for s in engine.sync.states]
+        state = [s.anchor.clone() for s in engine.sync.states] + [s.tensors["momentum"].clone() for s in engine.sync.states]
         anchors.setdefault(engine.peers.layout.rank, []).append(state)
 
     runs = spoiled_runs({0, 1}, math.nan, at_step=3, config=config, shape=(2, 2), seen=keep)
@@ -160,13 +160,12 @@ def test_the_z_test_leaves_out_a_finite_outlier() -> None:
 
 def test_a_failed_collective_names_the_missing_replicas() -> None:
     def body(rank: int) -> str:
-        peers = ProcessGroupPeers(Layout.split(4, 2, rank), 5.0)
+        arrivals = Arrivals(Layout.split(4, 2, rank), 5.0)
+        arrivals.count = 7
         if rank < 2:
-            peers._arrivals = 7
-            peers._announce(7)
+            arrivals.announce(7)
         torch.distributed.barrier()
-        with pytest.raises(RuntimeError) as caught, peers._blame():
-            peers._arrivals = 7
+        with pytest.raises(RuntimeError) as caught, arrivals.blame():
             raise RuntimeError("Connection closed by peer")
         return str(caught.value)
 
@@ -178,10 +177,10 @@ def test_a_failed_collective_names_the_missing_replicas() -> None:
 
 
 def test_the_rendezvous_store_is_where_torch_keeps_it() -> None:
-    """hf_edit.peers.group reads it through a private name; this fails when that moves."""
+    """hf_edit.peers.faults reads it through a private name; this fails when that moves."""
 
     def body(rank: int) -> bool:
-        store = _default_store()
+        store = default_store()
         store.set(f"here/{rank}", "yes")
         torch.distributed.barrier()
         return store.check([f"here/{1 - rank}"])

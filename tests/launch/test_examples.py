@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,20 @@ def test_pretrain_reads_files(suffix: str, tmp_path: Path) -> None:
     assert "perplexity, trained" in output
 
 
+def test_wrong_data_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+    from common import TextArguments, language_reference, load_text, require_columns
+
+    for flags, text in (
+        ({"train_file": "corpus.csv"}, "--train_file corpus.csv: the name must end in .txt, .jsonl, .json, .parquet"),
+        ({"text_column": "body"}, r"columns \['text'\], but not \['body'\]. Name the one that holds the text with"),
+    ):
+        with pytest.raises(SystemExit, match=text):
+            load_text(TextArguments(**flags), language_reference)
+    with pytest.raises(SystemExit, match=r"not \['label'\]. Rename yours"):
+        require_columns(language_reference(), ["text", "label"], "Rename yours.")
+
+
 # -- the other examples, small ----------------------------------------------------------------------------------------
 
 
@@ -86,6 +102,14 @@ def example(name: str, config: str, folder: Path, *arguments: str, **environment
         config, ROOT / "examples" / f"{name}.py", "--output_dir", str(folder), *arguments, **environment
     )
     return output, json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def copied(folder: Path, source: str) -> Path:
+    """A script beside common.py, as one has it who copies an example."""
+    shutil.copy(ROOT / "examples" / "common.py", folder)
+    script = folder / "script.py"
+    script.write_text(source, encoding="utf-8")
+    return script
 
 
 def plain_finetune() -> str:
@@ -138,9 +162,8 @@ def test_finetune_syncs_as_edit_config_says(tmp_path: Path) -> None:
 
 
 def test_finetune_is_two_lines_away_from_a_plain_trainer(tmp_path: Path) -> None:
-    script = tmp_path / "plain.py"
-    # Without hf_edit nothing keeps torch 2.13 from aborting now and then at the exit (groups._leave says why).
-    script.write_text(plain_finetune() + "\n    import time\n\n    time.sleep(1)\n", encoding="utf-8")
+    # Without hf_edit nothing keeps torch 2.13 from aborting now and then at the exit (peers/group.py says why).
+    script = copied(tmp_path, plain_finetune() + "\n    import time\n\n    time.sleep(1)\n")
     output = accelerate_launch(
         "cpu_4x1.yaml", script, "--output_dir", str(tmp_path / "out"), "--max_steps", "8", "--warmup_steps", "2",
         "--max_eval_blocks", "16", "--block_size", "64", *SHORT,
@@ -198,8 +221,7 @@ def test_accelerate_loop(tmp_path: Path) -> None:
 
 
 def test_accelerate_loop_is_a_plain_loop_with_a_few_lines_more(tmp_path: Path) -> None:
-    script = tmp_path / "plain.py"
-    script.write_text(plain_loop(), encoding="utf-8")
+    script = copied(tmp_path, plain_loop())
     accelerate_launch("cpu_4x1.yaml", script, "--output_dir", str(tmp_path), *LOOP, "--warmup_steps", "2")
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["eval_loss_after"] < summary["eval_loss_before"] - 1.0

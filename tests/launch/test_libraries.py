@@ -9,7 +9,13 @@ import pytest
 
 from tests.launch.launching import SCRIPTS, accelerate_launch
 
-SCENARIOS = ["only_adapters_cross_and_are_saved", "supervised_fine_tuning_with_trl", "sequence_to_sequence"]
+SCENARIOS = [
+    "only_adapters_cross_and_are_saved",
+    "supervised_fine_tuning_with_trl",
+    "sequence_to_sequence",
+    "trl_trainers_agree_with_plain_ones",
+    "sampling_by_time_with_a_slow_replica",
+]
 
 
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])

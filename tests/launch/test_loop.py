@@ -16,6 +16,8 @@ SCENARIOS = [
     "a_loop_with_a_warm_up",
     "loops_by_time_save_where_each_was",
     "loops_of_different_length_end_together",
+    "a_loop_need_not_ask_for_its_logs",
+    "steps_that_fp16_skips_end_a_sync_under_way",
     "what_a_loop_refuses",
 ]
 

@@ -21,6 +21,10 @@ PROMISED = {
     "DeepSpeed": ["DeepSpeed is on", "set fsdp=True"],
     "loaded in shards": ["sharded when it was loaded (DistributedConfig)", "without distributed_config"],
     "tensor parallelism": ["tp_size=2", "Set tp_size to 1"],
+    "own training step": ["OwnStep.training_step() does not call super().training_step()", "(EDiTMixin, OwnStep)"],
+    "own logs": ["OwnLogs._maybe_log_save_evaluate() does not call super()"],
+    "own accelerator": ["OwnAccelerator.create_accelerator_and_postprocess() does not call super()"],
+    "self-moving optimizer": ["SelfMoving moves the parameters by its own state", "optim='adamw_torch'"],
     "resume": ["No valid checkpoint found in output directory"],
 }
 

@@ -11,7 +11,7 @@ from tests.launch.launching import ROOT
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
 
-from hosts import Hosts, command, unavailable
+from lib.hosts import Hosts, command, unavailable
 from traffic import measure
 
 SEND = """

@@ -6,6 +6,8 @@ import dataclasses
 
 from hf_edit.config import EDiTConfig
 
+HEADING = ["| setting | default | meaning |", "|---|---|---|"]
+
 
 def rows() -> list[str]:
     found = []
@@ -16,5 +18,4 @@ def rows() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("| setting | default | meaning |\n|---|---|---|")
-    print(*rows(), sep="\n")
+    print(*HEADING, *rows(), sep="\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ PACKAGE = Path(__file__).parents[2] / "hf_edit"
 ORDER = [
     "config",
     *(f"method.{name}" for name in ("penalty", "plan", "outer", "schedule", "conductor")),
-    *(f"peers.{name}" for name in ("layout", "group")),
-    *(f"sync.{name}" for name in ("units", "measure", "equality", "background", "unit_sync")),
-    *(f"checkpoint.{name}" for name in ("manifest", "state")),
-    "sync.engine",
+    *(f"peers.{name}" for name in ("layout", "faults", "replica", "group")),
+    *(f"sync.{name}" for name in ("units", "measure", "equality", "running", "unit_sync", "overlap", "engine")),
+    *(f"checkpoint.{name}" for name in ("storage", "manifest", "tensors", "outer", "state")),
     "telemetry.logs",
+    "trainer.checks",
     "trainer.accelerate_hook",
+    "trainer.world",
     "trainer.counts",
     "trainer.progress",
     "trainer.decisions",
@@ -36,10 +38,16 @@ FLOORS = ["method", "peers", "sync", "checkpoint", "telemetry", "trainer"]
 KEPT_TO: dict[str, set[str]] = {
     "accelerate": {"trainer"},
     "transformers": {"trainer"},
-    "torch.distributed.fsdp": {"sync.units", "trainer.accelerate_hook"},
+    "torch.distributed.fsdp": {"sync.units", "trainer.checks"},
     "torch.nn.parallel": {"sync.units"},
     "wandb": {"telemetry"},
 }
+
+
+# What only peers/ may call, by whatever name torch.distributed goes.
+COLLECTIVE = re.compile(
+    r"(all_|broadcast|barrier|reduce|gather|scatter|send|recv|isend|irecv|batch_isend|monitored_barrier|new_|split_group)"
+)
 
 
 def imports(source: str) -> set[str]:
@@ -72,6 +80,31 @@ def files() -> dict[str, Path]:
 
 def test_every_file_has_its_place() -> None:
     assert set(files()) == set(ORDER)
+
+
+def collectives(source: str) -> list[str]:
+    """Calls of torch.distributed's collectives, and imports of them."""
+    found = []
+    homes = ("dist", "torch.distributed", "torch.distributed.distributed_c10d")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in homes:
+            found.append(node.attr)
+        elif isinstance(node, ast.ImportFrom) and node.module in homes:
+            found += [alias.name for alias in node.names]
+    return [name for name in found if COLLECTIVE.match(name)]
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if not name.startswith("peers.")])
+def test_only_peers_talk(name: str) -> None:
+    assert collectives(files()[name].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["dist.all_reduce(t)", "torch.distributed.barrier()", "from torch.distributed import broadcast_object_list as b"],
+)
+def test_talk_is_heard(line: str) -> None:
+    assert len(collectives(line)) == 1
 
 
 @pytest.mark.parametrize("name", ORDER)

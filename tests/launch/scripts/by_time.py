@@ -149,9 +149,7 @@ class Stream(IterableDataset):
 
 class Streaming(Slowed):
     def get_train_dataloader(self) -> Any:
-        loader = torch.utils.data.DataLoader(Stream(self.edit_layout), batch_size=2)
-        self._data_is_sized = False
-        return loader
+        return torch.utils.data.DataLoader(Stream(self.edit_layout), batch_size=2)
 
 
 def _ends_together(config: EDiTConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_edit import EDiTConfig, EDiTTrainer
-from hf_edit.checkpoint.state import outer_tensors
+from hf_edit.checkpoint.outer import outer_tensors
 from tests.launch.scripts.scenarios import FOLDER, VOCABULARY, main, make_args, make_rows
 
 STEPS = 12
@@ -43,7 +43,7 @@ class Snapshot(TrainerCallback):
         if type(trainer) is Trainer:
             return
         found = {f"param/{n.removeprefix('module.')}": p for n, p in trainer.model_wrapped.named_parameters()}
-        found |= outer_tensors(trainer._engine.sync)
+        found |= outer_tensors(trainer._engine.sync, trainer._training().ranks)
         for number, entries in enumerate(trainer.optimizer.state_dict()["state"].values()):
             found |= {f"inner/{number}/{key}": value for key, value in entries.items()}
         self.tensors = {

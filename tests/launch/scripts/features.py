@@ -6,18 +6,27 @@ of a plain Trainer on the same data, and report its losses.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
-from transformers import LlamaForCausalLM, TrainerCallback
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    TrainerCallback,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
 
 from hf_edit import EDiTConfig, EDiTTrainer
 from hf_edit.sync.units import is_compiled, local_part, named_tensors
-from tests.launch.scripts.scenarios import FOLDER, VOCABULARY, main, make_args, make_model, make_rows, parameters
+from hf_edit.trainer.progress import FollowProgress
+from tests.launch.scripts.scenarios import BATCH, FOLDER, VOCABULARY, main, make_args, make_model, make_rows, parameters
 
 ONE_BIG_BATCH = dict(sync_interval=1, outer_optimizer="none", weighting="uniform", max_pseudo_grad_norm=None)
 STEPS = 6
@@ -83,8 +92,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def run(
-    num_replicas: int | None, rows: Any = None, make: Any = make_model, tolerance: float = 0.0, **settings: Any
-) -> Any:
+    num_replicas: int | None, rows: Any = None, make: Any = make_model, tolerance: float = 0.0,
+    late_callbacks: Any = (), no_wait: bool = False, **settings: Any,
+) -> Any:  # fmt: skip
     kwargs = {key: settings.pop(key) for key in ("compute_loss_func", "compute_metrics", "data_collator", "callbacks")
               if key in settings}  # fmt: skip
     kind, resume = settings.pop("trainer", EDiTTrainer), settings.pop("resume", None)
@@ -94,6 +104,12 @@ def run(
         model=make(), args=args, train_dataset=rows or make_rows(), eval_dataset=make_rows(8), edit_config=config,
         **kwargs,
     )  # fmt: skip
+    for callback in late_callbacks:
+        trainer.add_callback(callback)
+    if no_wait:
+        trainer._jit.jit_manager.kill_wait = 0
+    if args.torch_compile:
+        trainer.evaluate()  # leaves a compiled model that is not sharded yet
     trainer.train(resume)
     return trainer
 
@@ -239,6 +255,106 @@ def buffers_follow_and_blocks_may_rest() -> dict[str, Any]:
     return {}
 
 
+class Own(EDiTTrainer):
+    """Whatever a user may override, and none of it calls super()."""
+
+    def get_train_dataloader(self) -> Any:
+        length = 5 + 2 * self.args.process_index  # batches
+        return DataLoader(self.train_dataset[: BATCH * length], batch_size=BATCH, collate_fn=self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return DataLoader(self.eval_dataset, batch_size=BATCH, collate_fn=self.data_collator)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        self.optimizer = torch.optim.SGD((model or self.model).parameters(), lr=0.1)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        line = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=num_training_steps)
+        self.lr_scheduler = line
+        return line
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        return [next(epoch_iterator) for _ in range(num_batches)], None
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None: ...
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = self.evaluation_loop(self.get_eval_dataloader(), "Evaluation", prediction_loss_only=True).metrics
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, metrics["eval_loss"])
+        self.evaluated = [*getattr(self, "evaluated", []), (self.state.global_step, len(set(everyone)))]
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
+
+
+def a_subclass_may_override_without_super() -> dict[str, Any]:
+    """Its loader has 5 batches on rank 0, 7 on rank 1, ...: an epoch has 5 on all."""
+    settings = dict(max_steps=-1, num_train_epochs=2, eval_strategy="epoch")
+    trainer = run(None, trainer=Own, config=EDiTConfig(sync_interval=5), **settings)
+    assert trainer.state.global_step == 10
+    assert trainer.edit_stats.syncs == 2
+    assert trainer.evaluated == [(5, 1), (10, 1)]
+    assert trainer.lr_scheduler.get_last_lr() == [0.0]
+    assert_replicas_equal(trainer)
+    rows = make_rows(BATCH * (2 * dist.get_world_size() + 1))  # 3 batches on rank 0, else 2
+    uneven = {"even_batches": False}
+    short = run(None, rows=rows, max_steps=-1, num_train_epochs=2, accelerator_config=uneven)
+    assert short.state.global_step == short.edit_stats.syncs == 4
+    assert_replicas_equal(short)
+    by_time = run(None, trainer=Own, config=EDiTConfig(sync_seconds=0.3), max_steps=10)
+    assert by_time.state.global_step == 10
+    assert isinstance(by_time.lr_scheduler, FollowProgress)
+    assert by_time.lr_scheduler.get_last_lr() == [0.0]
+    return {}
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+            max_position_embeddings=16, problem_type="single_label_classification",
+        )
+    )  # fmt: skip
+
+
+def speech() -> Wav2Vec2ForCTC:
+    torch.manual_seed(0)
+    return Wav2Vec2ForCTC(
+        Wav2Vec2Config(
+            vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+            conv_dim=(8,), conv_stride=(5,), conv_kernel=(10,), num_feat_extract_layers=1, num_conv_pos_embeddings=2,
+            num_conv_pos_embedding_groups=2, apply_spec_augment=False, layerdrop=0.0,
+        )
+    )  # fmt: skip
+
+
+def models_that_fsdp2_cannot_shard_are_refused() -> dict[str, Any]:
+    """They train with replicas of one rank; with larger ones after what the text advises, if there is a way."""
+    sentences = [{"input_ids": row["input_ids"], "labels": row["labels"][0] % 2} for row in make_rows(64)]
+    sounds = [{"input_values": torch.randn(160), "labels": torch.tensor([1, 2])} for _ in range(64)]
+    config = EDiTConfig(sync_interval=2)
+    for make, rows, promise in ((bert, sentences, "BertLayer"), (speech, sounds, "get_input_embeddings")):
+        settings = dict(make=make, rows=rows, config=config, max_steps=3)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            with pytest.raises(ValueError, match=promise):
+                run(None, **settings)
+            if make is speech:
+                continue
+            os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = promise
+        trainer = run(None, **settings)
+        os.environ.pop("FSDP_TRANSFORMER_CLS_TO_WRAP", None)
+        assert trainer.edit_stats.syncs == 2
+        assert_replicas_equal(trainer)
+    return {}
+
+
 class Broken(EDiTTrainer):
     """The loss of one replica is not a number in step 3."""
 
@@ -281,4 +397,6 @@ def assert_replicas_equal(trainer: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(globals())
+    from tests.launch.scripts import decisions, labels
+
+    main({**vars(decisions), **vars(labels), **globals()})

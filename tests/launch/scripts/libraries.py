@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import os
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from hf_edit import EDiTConfig, EDiTMixin
 from hf_edit.sync.units import named_tensors
 from tests.launch.scripts.features import assert_replicas_equal, losses, run
 from tests.launch.scripts.scenarios import FOLDER, LENGTH, VOCABULARY, main, make_args, make_model, parameters
+from tests.launch.scripts.trl_trainers import (  # noqa: F401
+    EDiTSFT,
+    sampling_by_time_with_a_slow_replica,
+    tokenizer,
+    trl_trainers_agree_with_plain_ones,
+)
 
 LORA = dict(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
 
@@ -65,35 +68,8 @@ def only_adapters_cross_and_are_saved() -> dict[str, Any]:
     return {"bytes per sync": per_sync, "adapters": elements * 4, "all": everything * 4}
 
 
-class EDiTSFTTrainer(EDiTMixin, SFTTrainer):
-    """Counts what TRL gathers over other replicas in its training steps."""
-
-    crossing = 0
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        gather, members = dist.all_gather, []
-
-        def counted(parts: Any, tensor: Any, group: Any = None, **settings: Any) -> Any:
-            members.append(dist.get_world_size(group))
-            return gather(parts, tensor, group=group, **settings)
-
-        with mock.patch.object(dist, "all_gather", counted), mock.patch.object(dist, "all_gather_into_tensor", counted):
-            loss = super().training_step(*args, **kwargs)
-        self.crossing += sum(size > self.edit_layout.replica_size for size in members)
-        return loss
-
-
 class EDiTSeq2SeqTrainer(EDiTMixin, Seq2SeqTrainer):
     pass
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, one token each, and four special ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = {token: number for number, token in enumerate(["<pad>", "<eos>", "<user>", "<answer>", *alphabet])}
-    made = Tokenizer(models.BPE(vocab=names, merges=[]))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
 
 
 def sft_rows(count: int) -> list[dict[str, str]]:
@@ -111,7 +87,7 @@ def supervised_fine_tuning_with_trl() -> dict[str, Any]:
             gradient_checkpointing=False, bf16=False,
         )  # fmt: skip
         tokens = tokenizer()
-        trainer = EDiTSFTTrainer(
+        trainer = EDiTSFT(
             model=make_model(vocabulary=len(tokens)), args=config, train_dataset=Dataset.from_list(sft_rows(400)),
             eval_dataset=Dataset.from_list(sft_rows(32)), processing_class=tokens, peft_config=peft,
             edit_config=EDiTConfig(sync_interval=4),
@@ -119,7 +95,7 @@ def supervised_fine_tuning_with_trl() -> dict[str, Any]:
         trainer.train()
         assert trainer.edit_layout.num_replicas > 1
         assert trainer.edit_stats.syncs == 6
-        assert trainer.crossing == 0, f"{trainer.crossing} gathers over other replicas in training steps"
+        assert trainer.crossing == 0, f"{trainer.crossing} collectives of the whole world in training steps"
         assert any("mean_token_accuracy" in entry for entry in trainer.state.log_history), "TRL's metrics are gone"
         assert_replicas_equal(trainer)
         evaluated = losses(trainer, "eval_loss")

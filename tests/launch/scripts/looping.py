@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,16 +16,22 @@ from transformers import default_data_collator
 
 from hf_edit import EDiT, EDiTConfig
 from hf_edit.sync.units import local_part, named_tensors
+from tests.launch.scripts.features import Blocks
 from tests.launch.scripts.scenarios import BATCH, FOLDER, distance, expected, main, make_model, make_rows
 
 
 class Loop:
     """A plain Accelerate loop with EDiT's lines in it."""
 
-    def __init__(self, config: EDiTConfig, accumulation: int = 1, sgd: bool = False) -> None:
+    asks = True  # for its logs
+
+    def __init__(
+        self, config: EDiTConfig, accumulation: int = 1, sgd: bool = False, make: Any = make_model, scaler: Any = None
+    ) -> None:
         self.config = config
         self.accelerator = EDiT.accelerator(config, gradient_accumulation_steps=accumulation)
-        model = make_model()
+        self.accelerator.scaler = scaler
+        model = make()
         kind = torch.optim.SGD(model.parameters(), lr=0.5) if sgd else torch.optim.AdamW(
             model.parameters(), lr=1e-2, weight_decay=0.0
         )  # fmt: skip
@@ -41,12 +48,13 @@ class Loop:
             if number >= skip + batches:
                 break
             with self.accelerator.accumulate(self.model):
-                loss = self.model(**batch).loss
+                loss = self.model(**batch)["loss"]
                 self.accelerator.backward(loss)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             edit.step(loss, tokens=batch["input_ids"].numel())
-            self.logs += edit.logs()
+            if self.asks:
+                self.logs += edit.logs()
 
     def parameters(self) -> dict[str, Tensor]:
         return {n: local_part(p).detach().clone() for n, p in named_tensors(self.model)[0].items()}
@@ -194,6 +202,47 @@ def loops_of_different_length_end_together() -> dict[str, Any]:
     return told
 
 
+def a_loop_need_not_ask_for_its_logs() -> dict[str, Any]:
+    """Then those of its last syncs are kept, and no more."""
+    with mock.patch("hf_edit.trainer.loop.KEPT_LOGS", 20):
+        loop = Loop(config := EDiTConfig(sync_interval=1, overlap="none"))
+        loop.asks = False
+        with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+            loop.train(edit, batches=30)
+            assert edit._engine is not None
+            assert len(edit._engine.take_records()) <= 2
+            assert len(edit.logs()) == 20
+            assert edit.logs() == []
+    return {}
+
+
+def steps_that_fp16_skips_end_a_sync_under_way() -> dict[str, Any]:
+    """On replica 1 every third step overflows; units that its forward pass did not use still wait for their sync."""
+    config = EDiTConfig(sync_interval=1)
+    if EDiT.accelerator(config).edit_layout.replica_size > 1:
+        return {"not here": "torch's scaler has no common decision for FSDP2's shards on CPU"}
+    growth = 2.0**125 if dist.get_rank() == 1 else 2.0
+    scaler = torch.amp.GradScaler("cpu", 2.0, growth_factor=growth, backoff_factor=2.0**-125, growth_interval=2)
+    loop = Loop(config, make=Blocks, scaler=scaler)
+    with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+        loop.train(edit, batches=9)
+    inner_steps = [entry["edit/inner_steps"] for entry in [*loop.logs, *edit.logs()]]
+    sometimes = 1 - 1 / edit.layout.num_replicas
+    assert inner_steps == [1, 1, sometimes] * 3, inner_steps
+    sums: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sums, [p.double().sum().item() for p in loop.parameters().values()])
+    assert all(other == sums[0] for other in sums), sums
+    return {}
+
+
+class SelfMoving(torch.optim.SGD):
+    """As schedule-free optimizers are."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
 def what_a_loop_refuses() -> dict[str, Any]:
     config = EDiTConfig(sync_interval=3)
     loop = Loop(config)
@@ -201,6 +250,13 @@ def what_a_loop_refuses() -> dict[str, Any]:
         EDiT(Accelerator(), loop.model, loop.optimizer, config)
     with pytest.raises(ValueError, match="but the Accelerator was made for"):
         EDiT(loop.accelerator, loop.model, loop.optimizer, EDiTConfig(num_replicas=3))
+    with pytest.raises(ValueError, match="SelfMoving moves the parameters by its own state"):
+        EDiT(loop.accelerator, loop.model, SelfMoving(loop.model.parameters()), config)
+    tied = make_model()
+    tied.model.layers[1].mlp.up_proj.weight = tied.model.layers[0].mlp.up_proj.weight
+    if loop.accelerator.edit_layout.replica_size > 1:
+        with pytest.raises(ValueError, match="one parameter in two of FSDP2's groups"):
+            loop.accelerator.prepare(tied)
     with pytest.raises(ValueError, match=r"accelerator\.prepare"):
         EDiT(loop.accelerator, make_model(), loop.optimizer, config)
     return {}

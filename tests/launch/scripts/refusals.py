@@ -14,9 +14,10 @@ from typing import Any
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_edit import EDiTTrainer
 
@@ -62,6 +63,44 @@ def cut_by_tensor_parallelism() -> Any:
     return make({"num_replicas": 2}, parallelism_config=config, **fsdp())
 
 
+class OwnStep(EDiTTrainer):
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        loss = self.compute_loss(model, inputs)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class OwnLogs(EDiTTrainer):
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class OwnAccelerator(EDiTTrainer):
+    def create_accelerator_and_postprocess(self) -> None:
+        Trainer.create_accelerator_and_postprocess(self)
+
+
+class SelfMoving(torch.optim.SGD):
+    """As schedule-free optimizers are."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def train(kind: Any = EDiTTrainer, **settings: Any) -> Any:
+    args = TrainingArguments(output_dir=FOLDER, report_to="none", save_strategy="no", max_steps=2)
+    row = torch.arange(4)
+    rows = [{"input_ids": row, "labels": row}] * 64
+    config = {"num_replicas": 2, "sync_interval": 1}
+    return kind(model=small(), args=args, train_dataset=rows, edit_config=config, **settings).train()
+
+
+def self_moving() -> Any:
+    model = small()
+    optimizer = SelfMoving(model.parameters(), lr=0.1)
+    return train(optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)))
+
+
 WRONG: dict[str, Callable[[], Any]] = {
     "fewer ranks than replicas": lambda: make({"num_replicas": 4}),
     "not divisible": lambda: make({"num_replicas": 3}),
@@ -73,6 +112,10 @@ WRONG: dict[str, Callable[[], Any]] = {
     "DeepSpeed": under_deepspeed,
     "loaded in shards": lambda: make({"num_replicas": 2}, model=LoadedInShards(small().config)),
     "tensor parallelism": cut_by_tensor_parallelism,
+    "own training step": lambda: train(OwnStep),
+    "own logs": lambda: train(OwnLogs),
+    "own accelerator": lambda: train(OwnAccelerator),
+    "self-moving optimizer": self_moving,
     "resume": lambda: make({"num_replicas": 2}).train(resume_from_checkpoint=True),
 }
 
@@ -82,7 +125,7 @@ def main() -> None:
     for name, body in WRONG.items():
         try:
             body()
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             texts[name] = str(error)
         else:
             raise AssertionError(f"{name} was not refused")

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_edit import EDiTConfig, EDiTTrainer
-from hf_edit.checkpoint.state import outer_tensors
+from hf_edit.checkpoint.outer import outer_tensors
 from hf_edit.sync.units import named_tensors
 from tests.launch.scripts.checkpoints import make_model
 from tests.launch.scripts.scenarios import FOLDER, LENGTH, VOCABULARY, make_args
@@ -44,7 +44,7 @@ def state_of(trainer: Any) -> dict[str, Tensor]:
     for name, param in named.items():
         found |= {f"inner/{name}/{key}": value for key, value in trainer.optimizer.state[param].items()}
     if trainer._engine is not None:
-        found |= outer_tensors(trainer._engine.sync)
+        found |= outer_tensors(trainer._engine.sync, trainer._training().ranks)
     return whole(found)
 
 
@@ -95,7 +95,7 @@ def run(name: str, replicas: int, source: str) -> Any:
     assert losses[-1] < losses[-2], losses
     if source:
         both = replicas > 1 and len(list((FOLDER / source).glob("state-*.pt"))) > 1
-        expected = {"param", "inner", *(("anchor", "momentum") if both else ())}
+        expected = {"param", "inner", *(("anchor", "outer") if both else ())}
         assert compare.compared == expected, compare.compared
     if dist.get_rank() == 0:
         print(f"passed: {name} {trainer.edit_layout} from {source or 'nothing'}: {sorted(compare.compared)} {losses}")

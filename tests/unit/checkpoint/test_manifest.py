@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+from hf_edit.checkpoint import storage
 from hf_edit.checkpoint.manifest import MARK, Manifest, check_model, checkpoints, differences, problem, seal, start
 
 
 def manifest(**changes: object) -> Manifest:
     values = dict(
-        step=4, num_replicas=2, replica_size=2, sync_count=1, schedule_step=4, units=["root"],
+        step=4, num_replicas=2, replica_size=2, parts=[0, 1], sync_count=1, schedule_step=4, units=["root"],
         config={"sync_interval": 4, "num_replicas": 2}, parameters={"weight": [3, 2], "bias": [3]}, files={},
     )  # fmt: skip
     return Manifest(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def write(folder: Path) -> Path:
-    """A whole checkpoint."""
+def write(folder: Path, parts: Iterable[int] = (0, 1), steps: Mapping[str, int] = {}) -> Path:
+    """A whole checkpoint, unless a part's `steps` say otherwise."""
     start(folder)
-    (folder / "edit" / "outer").mkdir()
-    (folder / "edit" / "outer" / "__0_0.distcp").write_bytes(b"12345")
+    place = folder / "edit"
+    storage.write({"anchor/weight": torch.zeros(3, 2)}, place / "outer", None)
+    for replica in parts:
+        storage.write({"weight/step@all": torch.zeros(())}, place / f"replica-{replica}", None)
+        for shard in range(2):
+            name = f"replica-{replica}/host-{shard}.pt"
+            torch.save({"step": steps.get(name, 4)}, place / name)
     (folder / "model.safetensors").write_bytes(b"123")
-    seal(folder, manifest())
+    seal(folder, manifest(parts=list(parts)))
     state = {"global_step": 4, "stateful_callbacks": {MARK: {"args": {"step": 4}}}}
     (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
     return folder
@@ -36,17 +45,88 @@ def write(folder: Path) -> Path:
 def test_a_whole_one_is_whole(tmp_path: Path) -> None:
     folder = write(tmp_path / "checkpoint-4")
     assert problem(folder) is None
-    assert Manifest.read(folder).files == {"edit/outer/__0_0.distcp": 5, "model.safetensors": 3}
+    files = Manifest.read(folder).files
+    assert files["model.safetensors"] == 3
+    of_a_replica = [".metadata", "__0_0.distcp", "host-0.pt", "host-1.pt"]
+    assert [name for name in files if "replica-1" in name] == [f"edit/replica-1/{name}" for name in of_a_replica]
     assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_host_with_a_disk_of_its_own_has_its_own_replicas_alone(tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint-4", parts=[1])
+    assert problem(folder) is None
+    edited(folder, parts=[0, 1])
+    assert "edit/replica-0/.metadata is missing" in str(problem(folder))
+
+
+MISSING: dict[str, tuple[Callable[[Path], object], str]] = {
+    "replica": (lambda edit: shutil.rmtree(edit / "replica-1"), "edit/replica-1/.metadata is missing"),
+    "rank": (lambda edit: (edit / "replica-1/host-1.pt").unlink(), "edit/replica-1/host-1.pt is missing"),
+    "rank's tensors": (lambda edit: (edit / "replica-0/__0_0.distcp").unlink(), "replica-0/__0_0.distcp is missing"),
+    "end of tensors": (lambda edit: cut(edit / "outer/__0_0.distcp"), "edit/outer/__0_0.distcp is cut off"),
+    "outer state": (lambda edit: shutil.rmtree(edit / "outer"), "edit/outer/.metadata is missing"),
+    "end of a rank's values": (lambda edit: cut(edit / "replica-0/host-0.pt"), "host-0.pt cannot be read"),
+    "index": (lambda edit: cut(edit / "outer/.metadata"), ".metadata is refused"),
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_what_lacks_a_part_is_not_sealed(what: str, tmp_path: Path) -> None:
+    """Nor is a manifest that says more than there is believed."""
+    folder = write(tmp_path / "checkpoint-4")
+    spoil, text = MISSING[what]
+    sealed = Manifest.read(folder)
+    (folder / "edit" / "manifest.json").unlink()
+    spoil(folder / "edit")
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        seal(folder, sealed)
+    assert problem(folder) == "edit/ has no manifest, so it was not written to its end"
+    kept = {name: (folder / name).stat().st_size for name in sealed.files if (folder / name).is_file()}
+    values = {**asdict(sealed), "files": kept}
+    (folder / "edit" / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
+    assert text in str(problem(folder))
+
+
+def test_parts_of_different_steps_are_not_sealed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"edit/replica-1/host-0\.pt is of step 5, not 4\. All ranks must save"):
+        write(tmp_path / "checkpoint-4", steps={"replica-1/host-0.pt": 5})
+
+
+def test_files_and_the_folders_above_them_reach_the_disk_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files, then their folders, up to the parent; then the manifest, and its folder after it has its name."""
+    synced: list[str] = []
+
+    def recorded(path: Path) -> None:
+        storage.sync_to_disk(path)
+        synced.append(path.relative_to(tmp_path).as_posix())
+        named.append((tmp_path / "checkpoint-4/edit/manifest.json").exists())
+
+    named: list[bool] = []
+    monkeypatch.setattr("hf_edit.checkpoint.manifest.sync_to_disk", recorded)
+    folder = write(tmp_path / "checkpoint-4")
+    files = [f"checkpoint-4/{name}" for name in Manifest.read(folder).files]
+    assert synced[: len(files)] == files
+    folders = ["edit/replica-1", "edit/replica-0", "edit/outer", "edit"]
+    assert synced[len(files) : -2] == [*(f"checkpoint-4/{name}" for name in folders), "checkpoint-4", "."]
+    assert synced[-2:] == ["checkpoint-4/edit/manifest.tmp", "checkpoint-4/edit"]
+    assert named == [False] * (len(named) - 1) + [True]
+    synced.clear()
+    start(folder)
+    assert synced == ["checkpoint-4/edit", "checkpoint-4"], "it is not whole before its first byte is written"
 
 
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest missing": (lambda f: (f / "edit/manifest.json").unlink(), "edit/ has no manifest"),
     "manifest cut off": (lambda f: cut(f / "edit/manifest.json"), "edit/manifest.json cannot be used"),
-    "another format": (lambda f: edited(f, format=99), "its format is not 1"),
+    "another format": (lambda f: edited(f, format=99), "its format is 99, and this"),
     "entries missing": (lambda f: edited(f, step=None), "its manifest lacks entries"),
     "file missing": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing, 3 bytes were"),
-    "file cut off": (lambda f: cut(f / "edit/outer/__0_0.distcp"), "__0_0.distcp is 4 bytes, 5 bytes were written"),
+    "file cut off": (lambda f: cut(f / "model.safetensors"), "model.safetensors is 2 bytes, 3 bytes were written"),
+    "parts of others": (lambda f: edited(f, parts=[0, 2]), "it has parts [0, 2] of 2 replicas"),
+    "no parts": (lambda f: edited(f, parts=[]), "it has parts [] of 2 replicas"),
+    "the format before": (lambda f: edited(f, format=1), "go on with the version that wrote it, or start a new"),
     "state missing": (lambda f: (f / "trainer_state.json").unlink(), "it has no trainer_state.json"),
     "state cut off": (lambda f: cut(f / "trainer_state.json"), "its trainer_state.json breaks off"),
     "deletion cut off": (lambda f: shutil.rmtree(f / "edit"), "it has no edit/, which it was saved with"),

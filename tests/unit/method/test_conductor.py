@@ -31,7 +31,7 @@ def moves(conductor: Conductor, at: Point, *heard: set[str]) -> list[str]:
     return names
 
 
-END, EQUAL_STEP = Point(epoch_ended=True), Point(equal=True)
+EQUAL_STEP = Point(equal=True)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_decided_flag_is_no_new_request() -> None:
     assert moves(conductor, Point(epoch_ended=True, lockstep=False)) == ["agree"], "all have ended it together"
     assert (conductor.requests, conductor.cutting) == (set(), False)
     conductor.request({"epoch_stop"})
-    conductor.arrive(END)
+    assert moves(conductor, Point(epoch_ended=True, lockstep=False)) == []
     assert conductor.requests == set(), "an epoch that has ended cannot be ended"
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from hf_edit.peers import group as groups
+from hf_edit.peers import faults
 
 
 @pytest.fixture
@@ -29,12 +29,12 @@ def test_the_threads_get_their_time(
     initialized: bool, expected: list[str], done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: initialized)
-    groups._leave()
+    faults._leave()
     assert done == expected
 
 
 def test_a_failed_process_leaves_at_once(done: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "last_value", RuntimeError("lost"), raising=False)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    groups._leave()
+    faults._leave()
     assert done == []

@@ -13,8 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode  # private in torch 2
 from torch.utils._pytree import tree_leaves
 
 from hf_edit import EDiTConfig
-from hf_edit.peers.group import Pending
-from hf_edit.sync.background import Scratch, at_once
+from hf_edit.peers.faults import Pending
+from hf_edit.peers.layout import Layout
+from hf_edit.peers.replica import Replica
+from hf_edit.sync.measure import Scratch
+from hf_edit.sync.overlap import Blocking, Delayed, Forward, at_once
 from hf_edit.sync.unit_sync import OuterSync
 from hf_edit.sync.units import Unit
 
@@ -23,11 +26,15 @@ NUM_UNITS = 6
 
 
 class Alone:
-    """`Peers` of a single replica: nothing comes from elsewhere."""
+    """A `Conversation` of a single replica: nothing comes from elsewhere."""
 
     num_replicas = 1
     replica = 0
     bytes_sent = 0
+    fixed = True
+
+    def begin(self, sync: int) -> list[int]:
+        return [0]
 
     def gather(self, vector: Tensor) -> Callable[[], Tensor]:
         return lambda: vector[None]
@@ -64,7 +71,7 @@ def make_sync(**settings: Any) -> tuple[OuterSync, list[torch.nn.Linear]]:
     modules = [torch.nn.Linear(128, 64, bias=False) for _ in range(NUM_UNITS)]
     units = [Unit(str(i), [m], ["weight"], list(m.parameters())) for i, m in enumerate(modules)]
     assert all(part.nbytes == UNIT_BYTES for unit in units for part in unit.parts())
-    return OuterSync(units, Alone(), lambda tensor: tensor, EDiTConfig(**settings), runner=at_once), modules
+    return OuterSync(units, Alone(), Replica(Layout(1, 1, 0), 1.0), EDiTConfig(**settings)), modules
 
 
 @pytest.mark.parametrize("overlap", ["none", "forward"])
@@ -78,16 +85,16 @@ def test_a_sync_holds_the_units_in_flight_and_no_more(overlap: Any, units_in_fli
     for module in modules:
         module.weight.data.add_(0.01)
     with Memory() as memory, torch.no_grad():
-        sync.begin({"inner_steps": 1.0})
-        if overlap == "forward":
-            sync.apply_in_forward()
-            for module in modules:
-                module(torch.zeros(1, 128))
-        else:
-            sync.finish()
+        way = {"none": Blocking, "forward": Forward}[overlap](sync)
+        way.begin({"inner_steps": 1.0})
+        way.decide()
+        assert way.carry_out()
+        for module in modules:
+            module(torch.zeros(1, 128))
     assert not sync.pending
+    held = units_in_flight if overlap == "forward" else NUM_UNITS  # none is written before all are reduced
     small = UNIT_BYTES // 4  # norms and the like
-    assert (units_in_flight - 0.5) * UNIT_BYTES < memory.peak < units_in_flight * UNIT_BYTES + small
+    assert (held - 0.5) * UNIT_BYTES < memory.peak < held * UNIT_BYTES + small
     assert sum(memory.live.values()) < small, "all of it is gone"
     assert all(module.weight.sub(was).abs().max() > 1e-3 for module, was in zip(modules, before, strict=True))
 
@@ -95,13 +102,15 @@ def test_a_sync_holds_the_units_in_flight_and_no_more(overlap: Any, units_in_fli
 def test_delayed_syncs_use_the_same_host_memory_again() -> None:
     sync, modules = make_sync(overlap="delayed", delay_steps=1)
     sync.take_anchors()
+    way = Delayed(sync, at_once)
     held = []
     for _ in range(4):
         for module in modules:
             module.weight.data.add_(0.01)
         with Memory() as memory, torch.no_grad():
-            sync.begin({"inner_steps": 1.0}, beside=True)
-            sync.finish(went_on=True)
+            way.begin({"inner_steps": 1.0})
+            way.decide()
+            assert way.carry_out(went_on=True)
         held.append(sum(memory.live.values()) // UNIT_BYTES)
         assert memory.peak < (2 * NUM_UNITS + 1) * UNIT_BYTES
     assert held == [2 * NUM_UNITS, 0, 0, 0], "its pseudo-gradients and the averages, made once"

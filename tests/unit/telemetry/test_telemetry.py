@@ -59,6 +59,13 @@ def test_the_logs_of_a_sync() -> None:
     }
 
 
+def test_a_replica_without_a_step_has_no_loss() -> None:
+    met = record([[1.0, 2.0]], [[False, False]])
+    met.plan.tallies["inner_steps"][1] = met.plan.tallies["loss"][1] = 0.0
+    logs = sync_logs(met)
+    assert (logs["edit/replica_loss_mean"], logs["edit/replica_loss_spread"]) == (2.0, 0.0)
+
+
 def test_what_is_worth_an_alert() -> None:
     quiet = record([[1.0, 1.0], [1.0, 1.0]], [[False, False], [False, False]])
     assert sync_events(quiet) == []

@@ -1,0 +1,117 @@
+"""The outer state as named tensors: what is equal on all replicas.
+
+anchor/NAME        fp32, of the parameter's shape
+outer/NAME/KEY     what the outer rule keeps, by the rule's own names; or a user's optimizer, as tensors.py says
+detector/FIELD     statistics of all units and replicas
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_edit.checkpoint.manifest import Manifest
+from hf_edit.checkpoint.storage import read, saved_tensors
+from hf_edit.checkpoint.tensors import Owners, ReplicaRanks, optimizer_class, pack, templates, unpack
+from hf_edit.method.outer import OuterState
+from hf_edit.method.penalty import DetectorState
+from hf_edit.sync.unit_sync import OuterSync
+from hf_edit.sync.units import Unit, like_param
+
+logger = logging.getLogger(__name__)
+
+
+def outer_tensors(sync: OuterSync, ranks: ReplicaRanks) -> dict[str, Tensor]:
+    """Anchor, outer rule's state and detectors by name, sharing their memory: reading them changes nothing.
+
+    With a user's outer optimizer all ranks of the replica call it.
+    """
+    return pack_outer(sync, ranks)[0]
+
+
+def pack_outer(sync: OuterSync, ranks: ReplicaRanks) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`outer_tensors`, and of a user's optimizers what is no tensor: their class, and by unit what `pack` leaves."""
+    found, rest = _declared(sync), {}
+    for unit, state in _pairs(sync):
+        if state.optimizer is not None:
+            tensors, rest[unit.name] = pack(state.optimizer, _owners(unit), ranks)
+            found |= {f"outer/{key}": tensor for key, tensor in tensors.items()}
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # what is offloaded may still be on its way to the host
+    return found, {"class": _users_class(sync), "units": rest}
+
+
+def load_outer(place: Path, manifest: Manifest, sync: OuterSync, rest: Mapping[str, Any], ranks: ReplicaRanks) -> None:
+    """In place. A checkpoint of the warm-up, or of one replica, has no anchor, and leaves it."""
+    saved = saved_tensors(place)
+    state = {key: tensor for key, tensor in _declared(sync).items() if key in saved and "detector/" not in key}
+    metas = {key.partition("/")[2]: meta for key, meta in saved.items() if key.startswith("detector/")}
+    detectors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in metas.items()}
+    state |= {f"detector/{name}": tensor for name, tensor in detectors.items()}
+    same_class = (users := _users_class(sync)) == rest.get("class")
+    entries = saved if users is not None and same_class else {}
+    owners = [owner for unit in sync.units for owner in _owners(unit)]
+    made, lost = templates(owners, entries, "outer/", ranks.layout)
+    read({**state, **made}, place, ranks.group)
+    for unit, outer in _pairs(sync) if entries else ():
+        unpack(outer.optimizer, _owners(unit), made, "outer/", rest["units"].get(unit.name, {}), lost, parts=True)
+    if any(key.startswith("anchor/") for key in saved) and sync.states:
+        _tell_what_starts_anew(sync, saved, rest.get("class"))
+    if detectors:
+        _place_detectors(sync, detectors, manifest)
+    sync.sync_count = manifest.sync_count
+
+
+def _tell_what_starts_anew(sync: OuterSync, saved: Mapping[str, Any], saved_class: str | None) -> None:
+    users = _users_class(sync)
+    there = sorted({key.rpartition("/")[2].partition("@")[0] for key in saved if key.startswith("outer/")})
+    here = sorted({name for state in sync.states for name in state.tensors})
+    if users != saved_class or (users is None and there != here):
+        logger.warning(
+            "EDiT: the checkpoint's outer state is %s of %s, this run's is %s of %s: what both have goes on, what one "
+            "alone has is left out or starts anew.",
+            there, saved_class or "a built-in rule", here if users is None else "its own", users or "a built-in rule",
+        )  # fmt: skip
+
+
+def _declared(sync: OuterSync) -> dict[str, Tensor]:
+    """Anchors, what a built-in rule keeps, detectors."""
+    found: dict[str, Tensor] = {f"detector/{k}": v for k, v in sync.detectors.state_dict().items()}
+    for unit, state in _pairs(sync):
+        for key, flat in (("", state.anchor), *state.tensors.items()):
+            views = state.views(flat.detach())
+            for name, param, view in zip(unit.names, unit.params, views, strict=True):
+                found[f"outer/{name}/{key}" if key else f"anchor/{name}"] = like_param(param, view)
+    return found
+
+
+def _pairs(sync: OuterSync) -> list[tuple[Unit, OuterState]]:
+    """None before the first anchor is taken."""
+    return list(zip(sync.units, sync.states, strict=False))
+
+
+def _owners(unit: Unit) -> Owners:
+    return list(zip(unit.names, unit.params, strict=True))
+
+
+def _users_class(sync: OuterSync) -> str | None:
+    """The class of a user's outer optimizer; None for a built-in rule, and before the first anchor."""
+    optimizers = [state.optimizer for state in sync.states if state.optimizer is not None]
+    return optimizer_class(optimizers[0]) if optimizers else None
+
+
+def _place_detectors(sync: OuterSync, saved: Mapping[str, Tensor], manifest: Manifest) -> None:
+    """Replica i takes the detectors of saved replica i mod R, by the units' names; a unit that is new starts anew."""
+    mine = DetectorState.zeros(len(sync.units), sync.peers.num_replicas)
+    rows = {name: row for row, name in enumerate(manifest.units)}
+    columns = [replica % manifest.num_replicas for replica in range(sync.peers.num_replicas)]
+    for number, unit in enumerate(sync.units):
+        if unit.name in rows:
+            for name, tensor in mine.state_dict().items():
+                tensor[number] = saved[name][rows[unit.name]][columns]
+    sync.detectors = mine

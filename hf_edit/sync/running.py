@@ -1,0 +1,71 @@
+"""What is known of an outer sync under way, and the record of it when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_edit.method.penalty import DetectorState
+from hf_edit.method.plan import SyncPlan, SyncRecord
+from hf_edit.peers.faults import Pending
+from hf_edit.sync.measure import HostCopy
+
+
+@dataclass
+class Running:
+    """A sync under way; what is kept for a unit is by its index. `plan` and `detectors` (after this sync) come with the
+    exchange."""
+
+    number: int
+    begun_at: float
+    members: list[int]
+    gathered: Callable[[], Tensor]
+    tally_names: list[str]
+    bytes_before: int
+    deltas: list[Tensor]  # of a delayed sync, in host memory
+    plan: SyncPlan | None = None
+    detectors: DetectorState | None = None
+    launched: int = 0  # units whose all-reduce has been started; always in the units' order
+    flying: dict[int, tuple[Tensor, Pending]] = field(default_factory=dict)
+    averages: dict[int, Tensor] = field(default_factory=dict)  # reduced, and yet to be applied
+    applied: int = 0  # units that took the anchor; always in the units' order
+    square_norms: dict[int, Tensor] = field(default_factory=dict)  # of the averages, this rank's part
+    factors: dict[int, Tensor] = field(default_factory=dict)  # by which the averages are clipped
+    replica_squares: list[Tensor] = field(default_factory=list)  # of the averages, over the replica; [] each
+    wait_seconds: float = 0.0  # that the training waited for the other replicas
+
+    @property
+    def decided(self) -> SyncPlan:
+        """The plan, once it has been awaited."""
+        assert self.plan is not None
+        return self.plan
+
+    def recorder(
+        self, unit_names: list[str], exposed: Callable[[], float], now: float, interval_seconds: float,
+        sync_bytes: int, device: torch.device,
+    ) -> Callable[[], SyncRecord]:  # fmt: skip
+        """What makes the record of this sync, which ended at `now`; on CUDA the call waits for a copy to the host."""
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        squares = torch.stack([zero, *self.replica_squares]).sum()
+        clipped = torch.stack([zero, *self.factors.values()]).lt(1.0).sum() - 1  # the zero
+        outcome = HostCopy(torch.stack([squares, clipped.double()]))
+
+        def record() -> SyncRecord:
+            square_norm, num_clipped = outcome.read()
+            return SyncRecord(
+                sync=self.number,
+                plan=self.decided,
+                unit_names=unit_names,
+                sync_seconds=now - self.begun_at,
+                exposed_seconds=exposed(),
+                wait_seconds=self.wait_seconds,
+                sync_bytes=sync_bytes,
+                interval_seconds=interval_seconds,
+                pseudo_grad_norm=square_norm**0.5,
+                clipped_units=int(num_clipped),
+            )
+
+        return record

@@ -1,0 +1,172 @@
+"""A sync is all or nothing: a failure before its commit, or a commit that says no, leaves the replica as it was."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_edit.config import EDiTConfig
+from hf_edit.method.schedule import GlobalProgress
+from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.peers.layout import Layout
+from hf_edit.sync.engine import Engine
+from hf_edit.sync.overlap import at_once
+from tests.dist.nets import Net, batch, shard
+from tests.dist.threads import run_ranks
+
+NUM_UNITS = 4
+
+
+class Leaving(ProcessGroupPeers):
+    """Members that can leave: from `armed` on the call number `at` of `kind` fails, or the commit says no."""
+
+    fixed = False
+
+    def __init__(self, layout: Layout, timeout_seconds: float) -> None:
+        super().__init__(layout, timeout_seconds)
+        self.fault: tuple[str, int] | None = None
+        self.calls: list[str] = []
+
+    def _call(self, kind: str) -> None:
+        self.calls.append(kind)
+        if self.fault == (kind, self.calls.count(kind)):
+            raise RuntimeError(f"{kind} failed")
+
+    def begin(self, sync: int) -> list[int]:
+        self._call("begin")
+        return super().begin(sync)
+
+    def gather(self, vector: Tensor) -> Callable[[], Tensor]:
+        self._call("gather")
+        result = super().gather(vector)
+
+        def checked() -> Tensor:
+            self._call("gathered")
+            return result()
+
+        return checked
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> Any:
+        self._call("all_reduce")
+        pending, call = super().all_reduce(tensors), self._call
+
+        class Checked:
+            def wait(self) -> None:
+                call("wait")
+                pending.wait()
+
+        return Checked()
+
+    def commit(self, sync: int) -> bool:
+        self._call("commit")
+        return self.fault != ("no", 0) and super().commit(sync)
+
+
+def state_of(engine: Engine, model: nn.Module) -> list[Tensor]:
+    sync = engine.sync
+    outer = [t for state in sync.states for t in (state.anchor, *state.tensors.values())]
+    counts = [sync.sync_count, engine.schedule.inner_steps, engine.schedule.interval_steps, engine.progress.value]
+    numbers = torch.tensor([float(value) for value in (*counts, *engine.tallies.values())], dtype=torch.float64)
+    params = [part for unit in engine.units for part in unit.parts()]
+    return [t.detach().clone() for t in (*params, *outer, *sync.detectors.state_dict().values(), numbers)]
+
+
+def train(rank: int, overlap: str, fault: tuple[str, int] | None, shape: tuple[int, int]) -> dict[str, Any]:
+    """A sync every 2 steps (by hand, so that a failed one is not tried again at once); the second one fails."""
+    layout = Layout.split(shape[0] * shape[1], shape[0], rank)
+    model = shard(Net(), layout)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    peers = Leaving(layout, 30.0)
+    config = EDiTConfig(sync_interval=1000, overlap=overlap, delay_steps=1, max_pseudo_grad_norm=0.05)
+    engine = Engine(model, optimizer, config, peers, runner=at_once)
+    assert isinstance(engine.progress, GlobalProgress)
+
+    def step(number: int) -> None:
+        x, y = batch(number, rank)
+        nn.functional.mse_loss(model(x), y).backward()
+        engine.tally(loss=1.0)
+        engine.before_optimizer_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.step()
+
+    def sync() -> Any:
+        engine._begin((), engine._way)
+        agreed = engine._complete()
+        if agreed is not None:
+            engine._under_way.finish()
+        return agreed
+
+    step(0)
+    step(1)
+    assert sync() is not None
+    step(2)
+    step(3)
+    before = state_of(engine, model)
+    peers.fault, peers.calls = fault, []
+    if fault is not None and fault[0] != "no":
+        with pytest.raises(RuntimeError, match=f"{fault[0]} failed"):
+            sync()
+    elif fault is not None:
+        assert sync() is None
+    if fault is not None:
+        assert not engine.sync.pending
+        for mine, was in zip(state_of(engine, model), before, strict=True):
+            assert torch.equal(mine, was)
+    peers.fault = None
+    assert sync() is not None
+    told = engine.take_records()[-1].plan.tallies
+    params = [part.clone() for unit in engine.units for part in unit.parts()]
+    return {"params": params, "calls": peers.calls, "told": told}
+
+
+FAULTS = [
+    ("begin", 1), ("gather", 1), ("gathered", 1), *(("all_reduce", n + 1) for n in range(NUM_UNITS)),
+    *(("wait", n + 1) for n in range(NUM_UNITS)), ("commit", 1), ("no", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overlap", ["none", "forward", "delayed"])
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+def test_a_sync_that_fails_is_as_if_it_had_not_begun(overlap: str, shape: tuple[int, int]) -> None:
+    """And the next one brings what this one would have brought, in parameters and in counts."""
+    world = shape[0] * shape[1]
+    expected = run_ranks(world, lambda rank: train(rank, overlap, None, shape))
+    calls = expected[0]["calls"]
+    assert [calls.count(kind) for kind in ("begin", "gather", "all_reduce", "wait", "commit")] == [1, 1, 4, 4, 1]
+    assert calls[-1] == "commit"
+    for fault in FAULTS:
+        runs = run_ranks(world, functools.partial(train, overlap=overlap, fault=fault, shape=shape))
+        for run, other in zip(runs, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(run["params"], other["params"], strict=True)), fault
+            assert run["told"].keys() == other["told"].keys()
+            assert all(torch.equal(run["told"][name], other["told"][name]) for name in run["told"]), fault
+
+
+@pytest.mark.parametrize("overlap", ["none", "forward", "delayed"])
+def test_who_does_not_take_part_weighs_nothing(overlap: str) -> None:
+    """Replica 2 of 3 is left out: the others go on as if it had done no step, and its detector sees nothing."""
+
+    def body(rank: int) -> Any:
+        layout = Layout.split(3, 3, rank)
+        model = shard(Net(), layout)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        config = EDiTConfig(sync_interval=1, overlap=overlap, delay_steps=1, weighting="uniform")
+        engine = Engine(model, optimizer, config, Leaving(layout, 30.0), runner=at_once)
+        peers = engine.peers
+        gather = peers.gather
+        peers.begin = lambda sync: [0, 1]  # type: ignore[method-assign]
+        peers.gather = lambda vector: (lambda rows: lambda: rows()[:2])(gather(vector))  # type: ignore[method-assign]
+        nn.functional.mse_loss(model(batch(0, rank)[0]), batch(0, rank)[1]).backward()
+        optimizer.step()
+        engine.step()
+        engine.drain()
+        plan = engine.take_records()[0].plan
+        return plan.weights.tolist(), engine.sync.detectors.count.tolist()
+
+    assert run_ranks(3, body) == [([[0.5, 0.5, 0.0]] * NUM_UNITS, [[1, 1, 0]] * NUM_UNITS)] * 3
