@@ -85,7 +85,7 @@ def gather_object(value: Any, size: int, group: Any) -> list[Any]:
 def own_group(all_ranks: list[list[int]], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
     """This rank's group among `all_ranks`. A group of its own keeps syncs apart from everybody else's collectives."""
     mine, _ = dist.new_subgroups_by_enumeration(all_ranks, timeout=timeout, backend=backend)
-    if mine is None:
+    if not isinstance(mine, dist.ProcessGroup):
         raise RuntimeError(f"rank {dist.get_rank()} is in none of the groups {all_ranks}")
     return mine
 

@@ -176,7 +176,10 @@ def reshard(model: nn.Module, recurse: bool = True) -> None:
 def _is_gathering(module: FSDPModule) -> bool:
     # Private in torch 2.13, which has no public way to ask. Without these names every module is gathered once more
     # than needed, and the values are right; tests/dist/test_groups.py fails when they move.
-    groups = getattr(_fsdp_state(module), "_fsdp_param_groups", None)
+    state = _fsdp_state(module)
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None and hasattr(state, "_fsdp_param_group"):  # torch 2.11 has at most one
+        groups = [group for group in [state._fsdp_param_group] if group is not None]
     results = [True] if groups is None else [getattr(group, "_all_gather_result", True) for group in groups]
     return any(result is not None for result in results)
 

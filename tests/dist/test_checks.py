@@ -40,4 +40,6 @@ def test_torch_refuses_what_we_refuse(make: Callable[[], Net]) -> None:
         return False, problem
 
     for refused, problem in run_ranks(2, body):
-        assert refused == (problem is not None), problem
+        assert problem is not None or not refused
+        if torch.__version__ >= (2, 13):  # 2.11 lets parameters that two groups share pass, and we do not
+            assert refused == (problem is not None), problem
