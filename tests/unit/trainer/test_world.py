@@ -20,8 +20,9 @@ from hf_edit.trainer.world import COLLECTIVES, ReplicaAccelerator, check_generat
 
 PEERS: Any = SimpleNamespace(
     layout=Layout.split(4, 2, 3),
-    gather_in_replica=lambda tensor: torch.cat([tensor.reshape(-1)] * 2),
-    gather_objects_in_replica=lambda value: [value] * 2,
+    inside=SimpleNamespace(
+        gather=lambda tensor: torch.cat([tensor.reshape(-1)] * 2), gather_object=lambda value: [value] * 2
+    ),
 )
 
 
