@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 class Twin:
-    """A `Conversation` with one other replica, which always is where this one is. Sums on a stream of its own, late, as NCCL
-    would; with `late_cycles=None` at once on the current stream."""
+    """A `Conversation` with one other replica, which always is where this one is. Sums on a stream of its own, late, as
+    NCCL would; with `late_cycles=None` at once on the current stream."""
 
     num_replicas = 2
     replica = 0
