@@ -94,17 +94,16 @@ class TrainerProgress(_TrainerToBe):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         self._own_steps = self.state.global_step
-        if not resume_from_checkpoint or not has_edit_state(Path(resume_from_checkpoint)):
-            return position
-        folder = Path(resume_from_checkpoint)
-        host = read_host(folder, Manifest.read(folder), self.edit_layout)
-        if host["rank"] is None or self.edit_layout.num_replicas == 1:
-            return position
-        self._own_steps = host["rank"]["own_steps"]
-        if not self._by_time or self.args.ignore_data_skip:
-            return position
-        epochs, steps = divmod(self._own_steps, num_update_steps_per_epoch)
-        return epochs, steps * self.args.gradient_accumulation_steps
+        rank = None
+        if resume_from_checkpoint and has_edit_state(Path(resume_from_checkpoint)):
+            folder = Path(resume_from_checkpoint)
+            rank = read_host(folder, Manifest.read(folder), self.edit_layout)["rank"]
+        if rank is not None and self.edit_layout.num_replicas > 1:
+            self._own_steps = rank["own_steps"]
+            if self._by_time and not self.args.ignore_data_skip:
+                epochs, steps = divmod(self._own_steps, num_update_steps_per_epoch)
+                position = epochs, steps * self.args.gradient_accumulation_steps
+        return self._place_in_data(rank, position)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, standing at the global step with A-EDiT. One that follows a metric is left alone."""

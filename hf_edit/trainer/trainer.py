@@ -40,13 +40,14 @@ from hf_edit.trainer.accelerate_hook import (
 )
 from hf_edit.trainer.checkpoints import EDiTCheckpointMark, TrainerCheckpoints
 from hf_edit.trainer.counts import TrainerCounts
+from hf_edit.trainer.data import TrainerData
 from hf_edit.trainer.decisions import TrainerDecisions
 from hf_edit.trainer.progress import TrainerProgress
 
 logger = logging.getLogger(__name__)
 
 
-class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProgress):
+class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerData, TrainerDecisions, TrainerProgress):
     """Makes any Trainer subclass train with EDiT: `class EDiTSFTTrainer(EDiTMixin, SFTTrainer)`.
 
     Args:
@@ -130,6 +131,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
         self._counted_steps = self._steps_at_log = self._epoch_began_at = self._own_steps
         self._spikes = LossSpikeDetector(self.edit_config.loss_spike_threshold)
         self._start_counts()
+        self._start_position()
         self._engine = Engine(
             self.model_wrapped,
             self.optimizer,
@@ -148,7 +150,12 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerProg
 
     def _rank_state(self) -> dict[str, Any]:
         """What this rank counts, for a checkpoint."""
-        return {**self._counts(), "spikes": asdict(self._spikes), "own_steps": self._own_steps}
+        return {
+            **self._counts(),
+            "spikes": asdict(self._spikes),
+            "own_steps": self._own_steps,
+            "data": self._position_state(),
+        }
 
     def _restore_rank_state(self, state: dict[str, Any] | None) -> None:
         if state is None:  # another layout
@@ -329,7 +336,11 @@ class _EngineDriver(TrainerCallback):
         publish_settings(self.trainer.edit_config.to_dict())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._epoch_began_at = self.trainer._own_steps
+        # One that a resumed run goes on with has had its first step.
+        self.trainer._epoch_began_at = self.trainer._own_steps - bool(self.trainer._position.num_batches)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._end_epoch(stopping=control.should_training_stop)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._before_the_trainer_counts()

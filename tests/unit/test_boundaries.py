@@ -22,6 +22,8 @@ ORDER = [
     "telemetry.logs",
     "trainer.accelerate_hook",
     "trainer.counts",
+    "trainer.randomness",
+    "trainer.data",
     "trainer.progress",
     "trainer.decisions",
     "trainer.checkpoints",
