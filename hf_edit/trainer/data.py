@@ -24,9 +24,9 @@ from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.trainer.randomness import (
     Contents,
-    generators,
     is_stateful,
     is_storable,
+    own_attributes,
     parts_of,
     random_state,
     set_random_state,
@@ -41,7 +41,6 @@ _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin kn
 # Accelerate's loader reads one batch ahead. So that the last batch drawn, and the one read ahead of it, are read in the
 # random state they were read in, the last two draws are repeated; the draw before them fills the loader.
 _REPEATED = 2
-_WITHOUT_HIDDEN_STATE = ("torch.", "accelerate.", "transformers.", "datasets.")
 
 
 # -- the position ------------------------------------------------------------------------------------------------------
@@ -99,17 +98,18 @@ class DataPosition:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint that is read without unpickling objects."""
-        state = {
+        return {
             "epoch": self.epoch,
             "num_batches": self.num_batches,
             "left_over": self._left_over if not self.num_batches else 0,
-            "began": self._began if self.num_batches else self._beginning(),
-            "recent": list(self._recent),
+            "began": _stored(self._began if self.num_batches and self._began else self._beginning()),
+            "recent": [_stored(entry) for entry in self._recent],
+            "digest": self._last.digest() if self._last else None,
         }
-        return {**storable(state), "digest": self._last.digest() if self._last else None}
 
     def _beginning(self) -> dict[str, Any]:
-        return {"random": random_state(self._parts), "kept": states_kept(self._parts)}
+        random, kept = random_state(self._parts), states_kept(self._parts)
+        return {"random": random, "kept": kept, "attributes": own_attributes(self._parts)}
 
     def _states(self) -> dict[str, Any]:
         """States to go on from without reading again: the loader's own, or a stream's that this process reads."""
@@ -201,15 +201,18 @@ class DataPosition:
     def _doubts(self, saved: dict[str, Any]) -> str | None:
         if saved["left_over"]:
             return f"the gradients of the last {saved['left_over']} batches of the epoch before are not in a checkpoint"
-        for path, part in self._parts.items():
-            own = not type(part).__module__.startswith(_WITHOUT_HIDDEN_STATE)
-            orders = isinstance(part, IterableDataset) or path.endswith("sampler")
-            known = hasattr(part, "set_epoch") or is_stateful(part) or any(generators({path: part}))
-            if own and orders and self.epoch and not known:
+        now = own_attributes(self._parts)
+        for name, value in saved["began"]["attributes"].items():
+            if now.get(name) != value:
                 return (
-                    f"{type(part).__name__} has no set_epoch and no state_dict to say how it goes on in a later epoch"
+                    f"{name} was {value!r} at the checkpoint and is {now.get(name)!r}; a sampler or data set whose "
+                    "order depends on it needs set_epoch, or state_dict and load_state_dict"
                 )
         return None
+
+
+def _stored(entry: dict[str, Any]) -> dict[str, Any]:
+    return {**entry, "random": storable(entry["random"])}
 
 
 class TrainerData(_TrainerToBe):

@@ -1,4 +1,4 @@
-"""What the batches of a loader depend on (random state, generators, states of samplers and data sets), and their digest.
+"""What the batches of a loader depend on: random state, generators, states of samplers and data sets; and a digest.
 
 All of it as numbers, strings, lists, dicts and tensors, so that a checkpoint is read without unpickling objects.
 """
@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
+_LIBRARIES = ("torch.", "accelerate.", "transformers.", "datasets.")
+_TWISTER = 624  # words of its state
 _DEEPEST = 6  # samplers in samplers, data sets in data sets
 
 
@@ -43,12 +46,12 @@ def random_state(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    random.setstate(_numbers(state["python"]))
+    np.random.set_state(_numbers(state["numpy"]))
     torch.set_rng_state(state["torch"])
     for name, generator in generators(parts):
         if name in state["own"]:
-            _set_state(generator, state["own"][name])
+            _set_state(generator, _numbers(state["own"][name]))
 
 
 def generators(parts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -84,6 +87,18 @@ def states_kept(parts: Mapping[str, Any]) -> dict[str, Any]:
     return {path: deepcopy(state) for path, state in states.items() if is_storable(state)}
 
 
+def own_attributes(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and strings that the user's samplers and streams keep, where nobody tells them of epochs or state."""
+    found: dict[str, Any] = {}
+    for path, part in parts.items():
+        orders = isinstance(part, IterableDataset) or path.endswith("sampler")
+        told = hasattr(part, "set_epoch") or is_stateful(part)
+        if orders and not told and not type(part).__module__.startswith(_LIBRARIES):
+            mine = {name: value for name, value in vars(part).items() if type(value) in (str, int, float, bool)}
+            found |= {f"{path}.{name}": value for name, value in mine.items()}
+    return found
+
+
 def is_storable(state: Any) -> bool:
     """True if it comes back from a file as it was."""
     if isinstance(state, Mapping):
@@ -94,12 +109,25 @@ def is_storable(state: Any) -> bool:
 
 
 def storable(state: Any) -> Any:
-    """`state` with NumPy's arrays as lists, which its generators can be set to just as well."""
+    """`state` with the words of Python's and NumPy's Mersenne twisters as tensors, which a file reads fast."""
     if isinstance(state, Mapping):
         return {key: storable(value) for key, value in state.items()}
+    if isinstance(state, np.ndarray):
+        state = state.tolist()
     if isinstance(state, list | tuple):
+        if len(state) >= _TWISTER and all(type(value) is int for value in state):
+            return torch.tensor(state, dtype=torch.int64)
         return type(state)(map(storable, state))
-    return state.tolist() if isinstance(state, np.ndarray | np.generic) else state
+    return state
+
+
+def _numbers(state: Any) -> Any:
+    """What `storable` has put into tensors, as Python and NumPy take it."""
+    if isinstance(state, Mapping):
+        return {key: _numbers(value) for key, value in state.items()}
+    if isinstance(state, Tensor) and state.dtype == torch.int64:
+        return tuple(state.tolist())
+    return type(state)(map(_numbers, state)) if isinstance(state, list | tuple) else state
 
 
 def _leaves(batch: Any) -> Iterator[Any]:
