@@ -121,10 +121,10 @@ class DataPosition:
 
     @property
     def _stream(self) -> Any:
-        dataset = self.loader.dataset
+        dataset = getattr(self.loader, "dataset", None)
         if isinstance(dataset, IterableDatasetShard) and dataset.drop_last:  # else it fills up with the first examples
             dataset = dataset.dataset
-        in_this_process = not self.loader.num_workers and isinstance(dataset, IterableDataset)
+        in_this_process = isinstance(dataset, IterableDataset) and not self.loader.num_workers
         return dataset if in_this_process and is_stateful(dataset) else None
 
     # -- in
@@ -138,15 +138,14 @@ class DataPosition:
             self._begin_again(saved)
             self._iterator, self._began = epoch_iterator, saved["began"]
             return self._doubts(saved)
-        found = False
+        found, tried = False, None
         for start, loader in self._ways(saved):
-            self._iterator = iter(loader)
+            if hasattr(tried, "end"):
+                tried.end()  # or Accelerate would count it among the loaders in use
+            tried, self._iterator = loader, iter(loader)
             found = self._repeat(saved, start)
             if found:
                 break
-            self._iterator.close()  # type: ignore[attr-defined]
-            if hasattr(loader, "end"):
-                loader.end()  # or Accelerate would count it among the loaders in use
         self.num_batches, self._began = saved["num_batches"], saved["began"]
         self._recent.extend(saved["recent"])
         if not found:
@@ -156,7 +155,8 @@ class DataPosition:
     def _ways(self, saved: dict[str, Any]) -> Iterator[tuple[int, Any]]:
         """Loaders that begin with the batch of a number, cheapest first. Without a digest nothing may be guessed."""
         start = saved["num_batches"] - _REPEATED - 1
-        sized = not isinstance(self.loader.dataset, IterableDataset)
+        dataset, sampler = (getattr(self.loader, name, None) for name in ("dataset", "batch_sampler"))
+        sized = sampler is not None and not isinstance(dataset, IterableDataset)
         recent = {saved["num_batches"] - back: entry for back, entry in enumerate(reversed(saved["recent"]), 1)}
         ahead = isinstance(self.loader, DataLoaderShard)
         if start > 0 and saved["digest"] is not None:

@@ -332,10 +332,12 @@ def test_a_hidden_state_is_told(make: Any, at: int, text: str) -> None:
     def loader() -> Any:
         return prepare_data_loader(make(), num_processes=RANKS, process_index=1, put_on_device=False, rng_types=[])
 
-    _, checkpoints, _ = run(loader())
-    _, state, globals_ = checkpoints[at]
+    whole, checkpoints, _ = run(loader())
+    done, state, globals_ = checkpoints[at]
     assert (state["epoch"], state["num_batches"]) == (1, 0 if at == 6 else 2)
-    assert text in str(run(loader(), state, globals_)[2])
+    batches, _, problem = run(loader(), state, globals_)
+    assert text in str(problem)
+    assert len(batches) == len(whole) - done  # it goes on with as many all the same
 
 
 def test_gradients_left_over_are_told() -> None:
