@@ -138,7 +138,8 @@ class DataPosition:
             self._begin_again(saved)
             self._iterator, self._began = epoch_iterator, saved["began"]
             return self._doubts(saved)
-        found, tried = False, None
+        found = False
+        tried: Any = None
         for start, loader in self._ways(saved):
             if hasattr(tried, "end"):
                 tried.end()  # or Accelerate would count it among the loaders in use
