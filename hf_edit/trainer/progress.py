@@ -63,6 +63,7 @@ class GlobalSteps:
     Args:
         begun: False before the first training.
         by_time: replicas take different numbers of steps.
+        sized: the data have a length.
         lockstep: all replicas are known to come to the same steps and epochs' ends.
         own: optimizer steps of this replica, since the training began and over all its resumptions.
         flow: the Trainer's own rules of what is due at which step.
@@ -70,6 +71,7 @@ class GlobalSteps:
 
     begun: bool = False
     by_time: bool = False
+    sized: bool = True
     lockstep: bool = True
     own: int = 0
     flow: DefaultFlowCallback | None = None
@@ -87,8 +89,8 @@ class GlobalSteps:
         """True if an epoch has ended without a step: this rank's data are used up, and the Trainer asks for the end."""
         return self._epoch_began_at == self.own
 
-    def begin_epoch(self) -> None:
-        self._epoch_began_at = self.own
+    def begin_epoch(self, had_steps: bool = False) -> None:
+        self._epoch_began_at = self.own - had_steps
 
     def take(self, warm_up: bool) -> None:
         """An optimizer step was taken."""
@@ -172,7 +174,8 @@ class TrainerProgress(_TrainerToBe):
         replicas = self.edit_layout.num_replicas
         by_time = self.edit_config.sync_seconds is not None and replicas > 1
         # A stream may end on one replica before it does on another, and then nobody can count on the others' steps.
-        self._steps = GlobalSteps(begun=True, by_time=by_time, lockstep=has_length(dataloader) and not by_time)
+        sized = has_length(dataloader)
+        self._steps = GlobalSteps(begun=True, by_time=by_time, sized=sized, lockstep=sized and not by_time)
         if not by_time:
             return values
         epochs, steps_per_epoch, examples, samples, batch, batches_per_epoch, max_steps = values
@@ -217,17 +220,16 @@ class TrainerProgress(_TrainerToBe):
         if self.edit_layout.num_replicas > 1:
             self._driver.stand_last()  # callbacks may have been restored from the checkpoint
         self._steps.own = self.state.global_step
-        if not resume_from_checkpoint or not has_edit_state(Path(resume_from_checkpoint)):
-            return position
-        folder = Path(resume_from_checkpoint)
-        host = read_host(folder, Manifest.read(folder), self.edit_layout)
-        if host["rank"] is None or self.edit_layout.num_replicas == 1:
-            return position
-        self._steps.own = host["rank"]["own_steps"]
-        if not self._steps.by_time or self.args.ignore_data_skip:
-            return position
-        epochs, steps = divmod(self._steps.own, num_update_steps_per_epoch)
-        return epochs, steps * self.args.gradient_accumulation_steps
+        rank = None
+        if resume_from_checkpoint and has_edit_state(Path(resume_from_checkpoint)):
+            folder = Path(resume_from_checkpoint)
+            rank = read_host(folder, Manifest.read(folder), self.edit_layout)["rank"]
+        if rank is not None and self.edit_layout.num_replicas > 1:
+            self._steps.own = rank["own_steps"]
+            if self._steps.by_time and not self.args.ignore_data_skip:
+                epochs, steps = divmod(self._steps.own, num_update_steps_per_epoch)
+                position = epochs, steps * self.args.gradient_accumulation_steps
+        return self._place_in_data(rank, position)
 
     def _start_progress(self, first: bool) -> None:
         """The engine is ready: the schedule follows it. `first`: this rank has no progress of its own from before."""

@@ -35,6 +35,7 @@ from hf_edit.trainer.accelerate_hook import (
 from hf_edit.trainer.checkpoints import EDiTCheckpointMark, TrainerCheckpoints
 from hf_edit.trainer.checks import check_optimizer, check_order, check_wrapping, never_due, passed_over
 from hf_edit.trainer.counts import TrainerCounts
+from hf_edit.trainer.data import TrainerData
 from hf_edit.trainer.decisions import TrainerDecisions
 from hf_edit.trainer.logs import TrainerLogs
 from hf_edit.trainer.progress import GlobalSteps, TrainerProgress
@@ -43,7 +44,7 @@ from hf_edit.trainer.world import ReplicaAccelerator, check_generation, check_sa
 logger = logging.getLogger(__name__)
 
 
-class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs, TrainerProgress):
+class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerData, TrainerDecisions, TrainerLogs, TrainerProgress):
     """Makes any Trainer subclass train with EDiT: `class EDiTSFTTrainer(EDiTMixin, SFTTrainer)`.
 
     Args:
@@ -140,6 +141,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         self._batch_size_agreed = False
         self._start_logs()
         self._start_counts()
+        self._start_position()
         self._engine = Engine(
             self.model_wrapped,
             self.optimizer,
@@ -159,7 +161,12 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
 
     def _rank_state(self) -> dict[str, Any]:
         """What this rank counts, for a checkpoint."""
-        return {**self._counts(), "spikes": asdict(self._spikes), "own_steps": self._steps.own}
+        return {
+            **self._counts(),
+            "spikes": asdict(self._spikes),
+            "own_steps": self._steps.own,
+            "data": self._position_state(),
+        }
 
     def _restore_rank_state(self, state: dict[str, Any] | None) -> None:
         if state is None:  # another layout
@@ -278,7 +285,11 @@ class _EngineDriver(TrainerCallback):
         publish_settings(self.trainer.edit_config.to_dict())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._steps.begin_epoch()
+        # One that a resumed run goes on with has had its first step.
+        self.trainer._steps.begin_epoch(had_steps=bool(self.trainer._position.num_batches))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._end_epoch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer._saw_training_step:

@@ -25,6 +25,8 @@ ORDER = [
     "trainer.world",
     "trainer.counts",
     "trainer.progress",
+    "trainer.randomness",
+    "trainer.data",
     "trainer.decisions",
     "trainer.logs",
     "trainer.checkpoints",
