@@ -255,6 +255,9 @@ class TrainerData(_TrainerToBe):
     def _position_state(self) -> dict[str, Any]:
         return {**self._position.state(), "batch": self._batch()}
 
+    def _begin_epoch(self) -> None:
+        self._steps.begin_epoch(had_steps=bool(self._position.num_batches))  # a resumed run goes on in an epoch
+
     def _end_epoch(self) -> None:
         if not self._conductor.stopping:  # else it may be in the middle of the epoch
             unused = 0 if self._steps.sized else self._position.num_batches % self.args.gradient_accumulation_steps

@@ -51,7 +51,6 @@ class TrainerDecisions(_TrainerToBe):
     _steps: GlobalSteps
     _jit: JointJITCheckpoint | None = None
     _carrying_out: frozenset[str] = frozenset()  # what all ranks do now
-    _step_is_empty: bool
 
     def _save_together_on_sigterm(self) -> None:
         """To be called once the Trainer has its callbacks."""
@@ -165,7 +164,7 @@ class TrainerDecisions(_TrainerToBe):
         if not self._steps.uncounted:
             return
         self._steps.uncounted = False
-        skipped = self.accelerator.optimizer_step_was_skipped or self._step_is_empty
+        skipped = self.accelerator.optimizer_step_was_skipped or self._steps.empty
         if not self._engine.warming_up:
             self.edit_stats.inner_steps += not skipped
         self._hear(self._engine.step(self._conductor.requests, skipped), by_progress=True)

@@ -79,6 +79,8 @@ class GlobalSteps:
     steps_per_epoch: int = 1
     uncounted: bool = False  # the engine has yet to hear of the last step
     warm_up: bool = False  # the last step was a synchronous one
+    empty: bool = False  # no batch of the step under way has a label on any rank of the replica
+    at_log: int = 0  # own steps at the last log entry
     agreed: int = 0  # the global step at which all last told each other
     logged: int = 0  # the global step up to which is logged what is due
     _new: bool = False
@@ -217,8 +219,6 @@ class TrainerProgress(_TrainerToBe):
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if self.edit_layout.num_replicas > 1:
-            self._driver.stand_last()  # callbacks may have been restored from the checkpoint
         self._steps.own = self.state.global_step
         rank = None
         if resume_from_checkpoint and has_edit_state(Path(resume_from_checkpoint)):

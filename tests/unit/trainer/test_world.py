@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_edit.peers.layout import Layout
-from hf_edit.trainer.counts import num_targets
+from hf_edit.trainer.step import num_targets
 from hf_edit.trainer.world import COLLECTIVES, ReplicaAccelerator, check_generation, check_sampling, modules_of
 
 PEERS: Any = SimpleNamespace(
