@@ -81,8 +81,12 @@ def is_stateful(part: Any) -> bool:
 
 
 def states_kept(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The states of the samplers and data sets that have one, and one that a checkpoint can hold."""
-    stateful = {path: p for path, p in parts.items() if path.endswith(("sampler", "dataset")) and is_stateful(p)}
+    """The states of the samplers and data sets that have one, and one that a checkpoint can hold.
+
+    Not of data sets that workers read: theirs are copies, and what this process keeps they would take for a place.
+    """
+    kinds = "sampler" if getattr(parts["loader"], "num_workers", 0) else ("sampler", "dataset")
+    stateful = {path: p for path, p in parts.items() if path.endswith(kinds) and is_stateful(p)}
     states = {path: part.state_dict() for path, part in stateful.items()}
     return {path: deepcopy(state) for path, state in states.items() if is_storable(state)}
 
