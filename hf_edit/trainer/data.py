@@ -4,7 +4,7 @@ An epoch is a function of its number, of the random state it begins in, and of w
 checkpoint has these as of the epoch's beginning, the random state before each of the last draws, and the number of
 batches drawn. A resumed run begins the epoch again and goes forward on the cheapest way there is: from a saved state of
 the loader or the stream, past the indices of a sampler, or by reading everything again. The last batch drawn must come
-out as it did; where it does not, the next way is tried, and after the last one the user is told.
+out as it did; where it does not, the next way is tried, and after the last one the user is warned.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class DataPosition:
             if path in self._parts:
                 self._parts[path].load_state_dict(kept)
         # As the Trainer and Accelerate do it, but for the loader itself and not for one that skips batches: through
-        # that one a sampler of the user's, and BatchRebalanceSampler, would not hear of the epoch.
+        # that one a sampler of the user's, and BatchRebalanceSampler, would not receive of the epoch.
         inner = getattr(getattr(self.loader, "batch_sampler", None), "batch_sampler", None)
         for part in (self.loader, inner):
             if part is not None and hasattr(part, "set_epoch"):

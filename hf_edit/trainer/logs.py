@@ -82,7 +82,7 @@ class TrainerLogs(_TrainerToBe):
 
     def _log_syncs(self) -> None:
         assert self._engine is not None
-        for record in self._engine.take_records():
+        for record in self._engine.sync.take_records():
             self._confirm_counts(record)
             self.edit_stats.add(record)
             if self.is_world_process_zero():

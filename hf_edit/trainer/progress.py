@@ -44,7 +44,7 @@ class FollowProgress:
         self._stands_at, self._last = scheduler.last_epoch, last
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """After an optimizer step, which `progress` has not been told of yet."""
+        """After an optimizer step, which `progress` does not count yet."""
         due = min(int(self.progress.value + self.progress.rate), self._last)
         for _ in range(self._stands_at, due):
             self.scheduler.step(*args, **kwargs)
@@ -77,11 +77,11 @@ class GlobalSteps:
     flow: DefaultFlowCallback | None = None
     num_epochs: int = 0
     steps_per_epoch: int = 1
-    uncounted: bool = False  # the engine has yet to hear of the last step
+    uncounted: bool = False  # the engine has yet to receive of the last step
     warm_up: bool = False  # the last step was a synchronous one
     empty: bool = False  # no batch of the step under way has a label on any rank of the replica
     at_log: int = 0  # own steps at the last log entry
-    agreed: int = 0  # the global step at which all last told each other
+    agreed: int = 0  # the global step at which all last agreed
     logged: int = 0  # the global step up to which is logged what is due
     _new: bool = False
     _epoch_began_at: int = 0
@@ -106,14 +106,14 @@ class GlobalSteps:
         return new
 
     def estimate(self, state: Any, progress: GlobalProgress) -> int:
-        """The global step behind the step that was just taken, which `progress` has not been told of yet."""
+        """The global step behind the step that was just taken, which `progress` does not count yet."""
         return max(state.global_step, min(int(progress.value + progress.rate), state.max_steps - 1))
 
     def agree(self, args: Any, state: Any, progress: GlobalProgress) -> set[str]:
         """All replicas know of each other's steps: the global step becomes the same on all; what is due by it.
 
-        It may only depend on what they have told each other. `max_steps` is their mean; where a slow replica applies a
-        delayed sync before its `delay_steps`, the mean is less than that many steps below it.
+        It may only depend on what they have reported to each other. `max_steps` is their mean; where a slow replica
+        applies a delayed sync before its `delay_steps`, the mean is less than that many steps below it.
         """
         before = self.agreed
         if progress.at_apply >= state.max_steps:

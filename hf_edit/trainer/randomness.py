@@ -96,8 +96,8 @@ def own_attributes(parts: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, part in parts.items():
         orders = isinstance(part, IterableDataset) or path.endswith("sampler")
-        told = hasattr(part, "set_epoch") or is_stateful(part)
-        if orders and not told and not type(part).__module__.startswith(_LIBRARIES):
+        informed = hasattr(part, "set_epoch") or is_stateful(part)
+        if orders and not informed and not type(part).__module__.startswith(_LIBRARIES):
             mine = {name: value for name, value in vars(part).items() if type(value) in (str, int, float, bool)}
             found |= {f"{path}.{name}": value for name, value in mine.items()}
     return found

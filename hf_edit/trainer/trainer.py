@@ -1,4 +1,4 @@
-"""EDiTTrainer: a `transformers.Trainer` whose replicas train alone and meet in outer syncs.
+"""EDiTTrainer: a `transformers.Trainer` whose replicas train alone between outer syncs.
 
 A shell without arithmetic: it turns the Trainer's hooks into the engine's calls, keeps what the Trainer exchanges in
 every step inside the replica, and moves what needs equal replicas to a sync.

@@ -64,7 +64,7 @@ def moved(
         engine.step()
     engine.flush()
     ends = {name.removeprefix("module."): full(p).float() for name, p in model.named_parameters()}
-    norms = [record.pseudo_grad_norm for record in engine.take_records()]
+    norms = [record.pseudo_grad_norm for record in engine.sync.take_records()]
     return {name: float((ends[name] - start[name]).mean() / ulp) for name in ends}, norms
 
 

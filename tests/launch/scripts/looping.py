@@ -210,7 +210,7 @@ def a_loop_need_not_ask_for_its_logs() -> dict[str, Any]:
         with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
             loop.train(edit, batches=30)
             assert edit._engine is not None
-            assert len(edit._engine.take_records()) <= 2
+            assert len(edit._engine.sync.take_records()) <= 2
             assert len(edit.logs()) == 20
             assert edit.logs() == []
     return {}
