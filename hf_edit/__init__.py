@@ -1,4 +1,4 @@
-"""EDiT for Hugging Face: replicas train alone and meet in outer syncs (arXiv 2412.07210).
+"""EDiT for Hugging Face: replicas train alone between outer syncs (arXiv 2412.07210).
 
 The names below are loaded on first use, so that `import hf_edit` costs no more than `import torch`.
 """

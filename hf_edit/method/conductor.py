@@ -3,9 +3,9 @@
 Any callback may ask for it, on one rank alone and at any moment, and nothing is asked of other replicas in an inner
 step. So what is asked for rides on the next sync, and all do it where that sync is carried out. Where all ranks are
 known to be at one place anyway (in the warm-up, behind an evaluation, at the end of an epoch that they ended together)
-they tell each other at once.
+they agree at once.
 
-Pure: facts in, the next move and why out. The caller carries a move out and says what it heard (`hear`).
+Pure: facts in, the next move and why out. The caller carries a move out and says what it received (`receive`).
 """
 
 from __future__ import annotations
@@ -65,23 +65,23 @@ class Conductor:
     >>> conductor.next(Point()).name      # between two syncs
     'go on'
     >>> conductor.arrive(Point())
-    >>> conductor.hear({"save"})          # a sync was carried out behind this step
+    >>> conductor.receive({"save"})          # a sync was carried out behind this step
     >>> [conductor.next(Point(equal=True)).name for _ in range(2)]
     ['flush', 'act']
     """
 
     by_time: bool = False
-    requests: set[str] = field(default_factory=set)  # of this rank, which the others have yet to hear of
+    requests: set[str] = field(default_factory=set)  # of this rank, which the others have yet to receive of
     stopping: bool = False  # decided: no step follows
     cutting: bool = False  # decided: the running epoch ends here
-    _left: bool = False  # the others have been told that this replica's training ends
+    _left: bool = False  # the others know that this replica's training ends
     _together: bool = False  # all ranks come to the end of their epoch next
     _done: set[str] = field(default_factory=set)  # since the last step
     _stale: bool = False  # the sync under way may ask for the end of an epoch that has ended
     # At the point where this rank is:
-    _heard: set[str] | None = None  # None: of the others' requests nothing is known
+    _received: set[str] | None = None  # None: of the others' requests nothing is known
     _flushed: bool = False
-    _asked: bool = False  # all ranks have told each other here
+    _asked: bool = False  # all ranks have agreed here
     _leaving: bool = False
     _ask_again: bool = False  # what was done here may have made callbacks ask for more
 
@@ -91,54 +91,54 @@ class Conductor:
         self.requests |= set(names) - decided - ({"epoch_stop"} if self.cutting else set())
 
     def arrive(self, at: Point) -> None:
-        """The rank has come to a new point; what it heard on its way there counts."""
+        """The rank has come to a new point; what it received on its way there counts."""
         if at.epoch_ended:
             self.cutting = False
         else:
             self._done.clear()
 
-    def hear(self, names: Collection[str] | None) -> None:
-        """What any rank asked for, the same on all; None if nothing was heard."""
+    def receive(self, names: Collection[str] | None) -> None:
+        """What any rank asked for, the same on all; None if nothing was received."""
         if names is None:
             return
         names = set(names)
         if self._stale:
             names.discard("epoch_stop")
             self._stale = False
-        self._heard = (self._heard or set()) | names
+        self._received = (self._received or set()) | names
         self.requests -= names
 
     def next(self, at: Point) -> Move:
         """The next move at the point `at`, until it is "go on"."""
         if at.epoch_ended:
             self.requests.discard("epoch_stop")  # nothing is left of it to end
-        if not self._heard and self._must_leave(at):
+        if not self._received and self._must_leave(at):
             self._leaving = True
             if at.pending:
                 return Move("drain", "a sync is under way, and the others may have asked for something at it")
             self._left = True
             return Move("leave", "this replica's training ends where the others' may go on")
-        if not self._flushed and (self._heard or (at.last and not at.equal)):
+        if not self._flushed and (self._received or (at.last and not at.equal)):
             self._flushed, leaving, self._leaving = True, self._leaving, False
             return Move("flush", "equal replicas are needed", leaving=leaving)
-        if not self._heard and (why := self._why_all_are_here(at)):
+        if not self._received and (why := self._why_all_are_here(at)):
             self._asked, self._ask_again = True, False
             return Move("agree", why)
-        if self._heard:
+        if self._received:
             return self._act(at)
         if at.epoch_ended:
             self._stale = at.lockstep and at.pending
-        self._heard, self._flushed, self._asked, self._leaving, self._ask_again = None, False, False, False, False
+        self._received, self._flushed, self._asked, self._leaving, self._ask_again = None, False, False, False, False
         return Move("go on", "nothing is to be done together here")
 
     def _act(self, at: Point) -> Move:
-        what, self._heard, self._flushed = frozenset(self._heard or ()), None, False
+        what, self._received, self._flushed = frozenset(self._received or ()), None, False
         self._done |= what & HEAVY
         self._ask_again = bool(what & HEAVY)
         self.stopping |= "stop" in what
         self.cutting |= "epoch_stop" in what and not at.epoch_ended
         self._together |= bool(what & {"stop", "epoch_stop"})
-        return Move("act", "all ranks heard the same", what)
+        return Move("act", "all ranks received the same", what)
 
     def _must_leave(self, at: Point) -> bool:
         if self._left or at.warm_up or self.stopping:

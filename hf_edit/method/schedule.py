@@ -86,7 +86,7 @@ class GlobalProgress:
     >>> fast.value                # nothing is known of the others: as if they were as fast
     10.0
     >>> fast.hand_over()          # a sync begins
-    >>> fast.confirm([10.0, 5.0])  # and has told
+    >>> fast.confirm([10.0, 5.0])  # and has reported
     >>> fast.take_step()
     >>> fast.value                # 7.5, and three quarters
     8.25
@@ -95,10 +95,10 @@ class GlobalProgress:
     replica: int
     confirmed: float = 0.0
     own_steps: int = 0  # since the last sync began
-    handed_over: int = 0  # told to a sync under way
+    handed_over: int = 0  # reported to a sync under way
     recent: list[float] = field(default_factory=list)
-    totals: list[float] = field(default_factory=list)  # the steps of each replica, as they have told
-    # Of the last sync, from what the replicas told each other alone, and so equal on all of them:
+    totals: list[float] = field(default_factory=list)  # the steps of each replica, as they have reported
+    # Of the last sync, from what the replicas reported alone, and so equal on all of them:
     at_apply: float = 0.0  # the value where it is applied, if all take its whole delay until then
     furthest: float = 0.0  # no replica's estimate is beyond it there
 
@@ -114,7 +114,7 @@ class GlobalProgress:
 
     @property
     def behind(self) -> float:
-        """Steps that the replica which has taken most has told more of than this one."""
+        """Steps that the replica which has taken most has reported more of than this one."""
         return max(self.totals) - self.totals[self.replica] if self.totals else 0.0
 
     def take_step(self) -> None:

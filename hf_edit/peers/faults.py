@@ -31,7 +31,7 @@ class Pending(Protocol):
 def start(collective: Callable[..., Any], *tensors: Any, group: Any, **more: Any) -> Any:
     """Starts `collective` of torch.distributed on tensors, or lists of them; all of ours go this way.
 
-    gloo's threads (torch 2.13) let go of a Work only after they have told its end. If Python has dropped it by then,
+    gloo's threads (torch 2.13) let go of a Work only after reporting its end. If Python has dropped it by then,
     and with it a tensor that Python knows, that thread takes the interpreter's locks: a process that forks in this
     moment (DataLoader workers) leaves a child that waits for ever up to Python 3.11, and one that exits is aborted. So
     gloo gets tensors of our own on the same memory, which give that memory up at the end and are kept for long after.
@@ -90,7 +90,7 @@ class _Kept:
 
 
 class Arrivals:
-    """The exchanges that each rank has come to, told in the rendezvous store: what is left when a group is dead."""
+    """The exchanges that each rank has come to, kept in the rendezvous store: what is left when a group is dead."""
 
     def __init__(self, layout: Layout, timeout_seconds: float) -> None:
         self.count = 0  # of this rank
@@ -113,7 +113,7 @@ class Arrivals:
         self.announce(self.count + 1)
         others = [rank for rank in self._layout.sync_ranks(self._layout.shard) if rank != self._layout.rank]
         while store is not None and others and time.monotonic() < deadline:
-            others = [rank for rank in others if _told(store, rank) <= self.count]
+            others = [rank for rank in others if _reported(store, rank) <= self.count]
             time.sleep(0.1 if others else 0.0)
 
     def missing_replicas(self) -> list[int]:
@@ -121,7 +121,7 @@ class Arrivals:
         if (store := default_store()) is None:
             return []
         replicas = [self._layout.replica_ranks(i) for i in range(self._layout.num_replicas)]
-        return [i for i, ranks in enumerate(replicas) if any(_told(store, rank) < self.count for rank in ranks)]
+        return [i for i, ranks in enumerate(replicas) if any(_reported(store, rank) < self.count for rank in ranks)]
 
     @contextlib.contextmanager
     def blame(self) -> Iterator[None]:
@@ -148,7 +148,7 @@ def _key(rank: int) -> str:
     return f"hf_edit/arrivals/{rank}"
 
 
-def _told(store: Any, rank: int) -> int:
+def _reported(store: Any, rank: int) -> int:
     return int(store.get(_key(rank))) if store.check([_key(rank)]) else 0
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import REQUESTS
-from hf_edit.method.plan import SyncRecord
 from hf_edit.method.schedule import GlobalProgress, SyncSchedule
 from hf_edit.peers.group import Peers
 from hf_edit.sync.equality import Buffers, check_agreement, make_replicas_equal
@@ -171,7 +170,7 @@ class Engine:
         Other arguments and result are those of `step`; None if there was nothing to sync.
 
         Args:
-            leaving: this replica has just heard at a sync, by `drain` or `leave`, what all now flush for. The others do
+            leaving: this replica knows by `drain` or `leave` alone what all now flush for. The others do
                 so where they apply a delayed sync, and then sync what they learnt meanwhile; so this one joins them.
         """
         agreed = self.drain()
@@ -180,7 +179,7 @@ class Engine:
         return agreed
 
     def drain(self) -> set[str] | None:
-        """Ends a sync under way; what any rank wanted at it if this one has not heard of that yet, else None."""
+        """Ends a sync under way; what any rank wanted at it if this one has not received of that yet, else None."""
         agreed = self._complete() if self._delay_steps and self.sync.pending else None
         self._under_way.finish()
         return agreed
@@ -238,7 +237,7 @@ class Engine:
         asked = {name: float(name in requests) for name in (*REQUESTS, "barrier")}
         way.begin({**self.tallies, **asked, "buffers": self._buffers.changed(), **steps})
         self._under_way = way
-        self._told = self.tallies, schedule.inner_steps, schedule.interval_steps
+        self._reported = self.tallies, schedule.inner_steps, schedule.interval_steps
         self.tallies = dict.fromkeys(TALLIES, 0.0)
         schedule.restart()
         self.progress.hand_over()
@@ -273,7 +272,7 @@ class Engine:
     def _take_back(self) -> None:
         """The sync under way has come to nothing: all is as if it had not begun."""
         self._under_way.abandon()
-        tallies, inner_steps, interval_steps = self._told
+        tallies, inner_steps, interval_steps = self._reported
         self.tally(**tallies)
         self.schedule.inner_steps += inner_steps
         self.schedule.interval_steps += interval_steps
@@ -282,10 +281,6 @@ class Engine:
     def _restart_timer(self) -> None:
         if self.sync.waited_until is not None:  # None: the sync under way has yet to get there
             self.schedule.restart_timer(self.sync.waited_until)
-
-    def take_records(self) -> list[SyncRecord]:
-        """The records of the syncs that ended since the last call."""
-        return self.sync.take_records()
 
     def go_on_at(self, step: int) -> None:
         """The training goes on after its optimizer step number `step`: ends the warm-up if that lies behind.

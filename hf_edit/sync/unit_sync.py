@@ -114,8 +114,8 @@ class OuterSync:
                 deltas.append(self._scratch.to_host(delta))
             del delta  # before the next one is made
         packed = self._replica.sum(torch.stack([*norms, *(self._scalar(value) for value in tallies.values())]))
-        told = self._scratch.to_host(packed) if in_host else packed
-        gathered = (lambda: self.peers.gather(told)()) if in_host else self.peers.gather(told)
+        sent = self._scratch.to_host(packed) if in_host else packed
+        gathered = (lambda: self.peers.gather(sent)()) if in_host else self.peers.gather(sent)
         self.waited_until = None
         self.running = Running(number, begun_at, members, gathered, list(tallies), bytes_before, deltas)
         return self.running

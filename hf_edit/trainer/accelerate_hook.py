@@ -191,7 +191,7 @@ class _LoopAccelerator(Accelerator):
 
 def make_accelerator(config: EDiTConfig, settings: dict[str, Any]) -> Accelerator:
     """`Accelerator(**settings)` with replicas, for a hand-written loop."""
-    # Without an accelerator Accelerate must be told, or each process would train alone.
+    # Without an accelerator Accelerate must know, or each process would train alone.
     on_cpu = settings.get("cpu") or flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     settings = {**settings, "cpu": on_cpu}
     state = PartialState(cpu=on_cpu)

@@ -168,8 +168,10 @@ class TrainerCheckpoints(_TrainerToBe):
                 f"optimizer and scheduler of replica {pairs}."
             )
         if here.num_replicas > 1 and (changed := differences(manifest, self.edit_config.to_dict())):
-            told = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
-            self._say_once(f"the checkpoint was trained with other settings; from here on the new ones hold: {told}.")
+            changes = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
+            self._say_once(
+                f"the checkpoint was trained with other settings; from here on the new ones hold: {changes}."
+            )
 
     def _load_best_model(self) -> None:
         reshard(self.model)  # the last evaluation may have left gathered copies, into which shards cannot be loaded

@@ -216,7 +216,7 @@ def never_due(config: EDiTConfig, first_step: int, last_step: int) -> str | None
         return None
     return (
         f"this training takes {max(steps, 0)} inner steps, fewer than sync_interval={config.sync_interval}: the "
-        "replicas are averaged at its end alone. Set a smaller sync_interval to have them meet on the way."
+        "replicas are averaged at its end alone. Set a smaller sync_interval to sync on the way."
     )
 
 

@@ -51,7 +51,6 @@ class TrainerDecisions(_TrainerToBe):
     _steps: GlobalSteps
     _jit: JointJITCheckpoint | None = None
     _carrying_out: frozenset[str] = frozenset()  # what all ranks do now
-    _step_is_empty: bool
 
     def _save_together_on_sigterm(self) -> None:
         """To be called once the Trainer has its callbacks."""
@@ -78,7 +77,7 @@ class TrainerDecisions(_TrainerToBe):
         decided = False
         for what in self._decide_together(stepped):
             self._log_syncs()
-            self._collect_requests()  # of callbacks that heard of the sync
+            self._collect_requests()  # of callbacks that received of the sync
             self._show(what)
             self.control.should_log = False  # is done; the Trainer would gather the loss over all ranks
             carry_out()
@@ -137,7 +136,7 @@ class TrainerDecisions(_TrainerToBe):
                     self.state.global_step += round(engine.progress.behind)
                 yield move.what
             else:
-                self._hear(self._converse(move), by_progress=move.name in ("drain", "leave"))
+                self._receive(self._converse(move), by_progress=move.name in ("drain", "leave"))
         if conductor.requests:
             self._say_what_moves()
 
@@ -152,23 +151,23 @@ class TrainerDecisions(_TrainerToBe):
             return engine.leave(requests)
         return engine.flush(requests, leaving=move.leaving)
 
-    def _hear(self, requests: set[str] | None, by_progress: bool = False) -> None:
-        """What any rank asked for, and with A-EDiT what falls due by the steps that they told each other."""
+    def _receive(self, requests: set[str] | None, by_progress: bool = False) -> None:
+        """What any rank asked for, and with A-EDiT what falls due by the steps that they reported."""
         if requests is not None and by_progress and self._steps.by_time:
             assert self._engine is not None
             requests = requests | self._steps.agree(self.args, self.state, self._engine.progress)
-        self._conductor.hear(requests)
+        self._conductor.receive(requests)
 
     def _count_step(self) -> None:
-        """Tells the engine of a step that it has not heard of, and hears of a sync behind it."""
+        """Tells the engine of a step that it has not received of, and hears of a sync behind it."""
         assert self._engine is not None
         if not self._steps.uncounted:
             return
         self._steps.uncounted = False
-        skipped = self.accelerator.optimizer_step_was_skipped or self._step_is_empty
+        skipped = self.accelerator.optimizer_step_was_skipped or self._steps.empty
         if not self._engine.warming_up:
             self.edit_stats.inner_steps += not skipped
-        self._hear(self._engine.step(self._conductor.requests, skipped), by_progress=True)
+        self._receive(self._engine.step(self._conductor.requests, skipped), by_progress=True)
 
     def _must_save_now(self) -> bool:
         """True if the machine of any rank of this replica is to be taken away."""
@@ -203,4 +202,4 @@ class TrainerDecisions(_TrainerToBe):
             )
         if not engine.replicas_equal:
             self._say_once(f"{what} was called between two syncs and brings the next one forward.")
-            self._hear(engine.flush(self._conductor.requests))
+            self._receive(engine.flush(self._conductor.requests))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,14 @@ class TrainerLogs(_TrainerToBe):
 
     def _start_logs(self) -> None:
         self._spikes = LossSpikeDetector(self.edit_config.loss_spike_threshold)
-        self._steps_at_log = self._steps.own
+        self._steps.at_log = self._steps.own
+
+    def _log_state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self._spikes)
+
+    def _restore_logs(self, state: dict[str, Any]) -> None:
+        self._spikes = LossSpikeDetector(**{**state, "threshold": self.edit_config.loss_spike_threshold})
 
     def _log_step(
         self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None, stepped: bool
@@ -40,7 +48,7 @@ class TrainerLogs(_TrainerToBe):
         assert self._engine is not None
         due, asked = self._steps.log_is_due(self.args, self.state, stepped), self.control.should_log
         self.control.should_log = False
-        own_steps = self._steps.own - self._steps_at_log
+        own_steps = self._steps.own - self._steps.at_log
         sums = torch.stack([tr_loss.detach(), torch.full_like(tr_loss, own_steps)])
         if due:
             gather = self.accelerator.gather if self._steps.warm_up else self._engine.peers.inside.gather
@@ -54,7 +62,7 @@ class TrainerLogs(_TrainerToBe):
         self, loss: float, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None
     ) -> None:
         tr_loss.zero_()
-        self._steps_at_log = self._steps.own
+        self._steps.at_log = self._steps.own
         logs = {"loss": loss}
         if grad_norm is not None:
             logs["grad_norm"] = grad_norm.item() if isinstance(grad_norm, Tensor) else grad_norm
@@ -74,7 +82,7 @@ class TrainerLogs(_TrainerToBe):
 
     def _log_syncs(self) -> None:
         assert self._engine is not None
-        for record in self._engine.take_records():
+        for record in self._engine.sync.take_records():
             self._confirm_counts(record)
             self.edit_stats.add(record)
             if self.is_world_process_zero():
@@ -85,5 +93,5 @@ class TrainerLogs(_TrainerToBe):
     def _log_the_rest(self) -> None:
         """The training has ended: syncs that were not logged, and the loss since the last log for the total."""
         self._log_syncs()
-        if (own_steps := self._steps.own - self._steps_at_log) > 0:  # as in _log_replica
+        if (own_steps := self._steps.own - self._steps.at_log) > 0:  # as in _log_replica
             self._tr_loss *= (self.state.global_step - self._globalstep_last_logged) / own_steps

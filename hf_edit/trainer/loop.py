@@ -174,7 +174,7 @@ class EDiT:
         """Takes what has ended from the engine; on CUDA it waits for the last one's copy to the host."""
         if self._engine is None:
             return
-        new = [sync_logs(record) for record in self._engine.take_records()]
+        new = [sync_logs(record) for record in self._engine.sync.take_records()]
         if len(self._logs) + len(new) > KEPT_LOGS and not self._said_dropped and self._accelerator.is_main_process:
             logger.warning("EDiT: nobody asks for logs(); only those of the last %d syncs are kept.", KEPT_LOGS)
             self._said_dropped = True

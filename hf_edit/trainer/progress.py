@@ -44,7 +44,7 @@ class FollowProgress:
         self._stands_at, self._last = scheduler.last_epoch, last
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """After an optimizer step, which `progress` has not been told of yet."""
+        """After an optimizer step, which `progress` does not count yet."""
         due = min(int(self.progress.value + self.progress.rate), self._last)
         for _ in range(self._stands_at, due):
             self.scheduler.step(*args, **kwargs)
@@ -63,6 +63,7 @@ class GlobalSteps:
     Args:
         begun: False before the first training.
         by_time: replicas take different numbers of steps.
+        sized: the data have a length.
         lockstep: all replicas are known to come to the same steps and epochs' ends.
         own: optimizer steps of this replica, since the training began and over all its resumptions.
         flow: the Trainer's own rules of what is due at which step.
@@ -70,14 +71,17 @@ class GlobalSteps:
 
     begun: bool = False
     by_time: bool = False
+    sized: bool = True
     lockstep: bool = True
     own: int = 0
     flow: DefaultFlowCallback | None = None
     num_epochs: int = 0
     steps_per_epoch: int = 1
-    uncounted: bool = False  # the engine has yet to hear of the last step
+    uncounted: bool = False  # the engine has yet to receive of the last step
     warm_up: bool = False  # the last step was a synchronous one
-    agreed: int = 0  # the global step at which all last told each other
+    empty: bool = False  # no batch of the step under way has a label on any rank of the replica
+    at_log: int = 0  # own steps at the last log entry
+    agreed: int = 0  # the global step at which all last agreed
     logged: int = 0  # the global step up to which is logged what is due
     _new: bool = False
     _epoch_began_at: int = 0
@@ -87,8 +91,8 @@ class GlobalSteps:
         """True if an epoch has ended without a step: this rank's data are used up, and the Trainer asks for the end."""
         return self._epoch_began_at == self.own
 
-    def begin_epoch(self) -> None:
-        self._epoch_began_at = self.own
+    def begin_epoch(self, had_steps: bool = False) -> None:
+        self._epoch_began_at = self.own - had_steps
 
     def take(self, warm_up: bool) -> None:
         """An optimizer step was taken."""
@@ -102,14 +106,14 @@ class GlobalSteps:
         return new
 
     def estimate(self, state: Any, progress: GlobalProgress) -> int:
-        """The global step behind the step that was just taken, which `progress` has not been told of yet."""
+        """The global step behind the step that was just taken, which `progress` does not count yet."""
         return max(state.global_step, min(int(progress.value + progress.rate), state.max_steps - 1))
 
     def agree(self, args: Any, state: Any, progress: GlobalProgress) -> set[str]:
         """All replicas know of each other's steps: the global step becomes the same on all; what is due by it.
 
-        It may only depend on what they have told each other. `max_steps` is their mean; where a slow replica applies a
-        delayed sync before its `delay_steps`, the mean is less than that many steps below it.
+        It may only depend on what they have reported to each other. `max_steps` is their mean; where a slow replica
+        applies a delayed sync before its `delay_steps`, the mean is less than that many steps below it.
         """
         before = self.agreed
         if progress.at_apply >= state.max_steps:
@@ -172,7 +176,8 @@ class TrainerProgress(_TrainerToBe):
         replicas = self.edit_layout.num_replicas
         by_time = self.edit_config.sync_seconds is not None and replicas > 1
         # A stream may end on one replica before it does on another, and then nobody can count on the others' steps.
-        self._steps = GlobalSteps(begun=True, by_time=by_time, lockstep=has_length(dataloader) and not by_time)
+        sized = has_length(dataloader)
+        self._steps = GlobalSteps(begun=True, by_time=by_time, sized=sized, lockstep=sized and not by_time)
         if not by_time:
             return values
         epochs, steps_per_epoch, examples, samples, batch, batches_per_epoch, max_steps = values
@@ -214,20 +219,17 @@ class TrainerProgress(_TrainerToBe):
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if self.edit_layout.num_replicas > 1:
-            self._driver.stand_last()  # callbacks may have been restored from the checkpoint
         self._steps.own = self.state.global_step
-        if not resume_from_checkpoint or not has_edit_state(Path(resume_from_checkpoint)):
-            return position
-        folder = Path(resume_from_checkpoint)
-        host = read_host(folder, Manifest.read(folder), self.edit_layout)
-        if host["rank"] is None or self.edit_layout.num_replicas == 1:
-            return position
-        self._steps.own = host["rank"]["own_steps"]
-        if not self._steps.by_time or self.args.ignore_data_skip:
-            return position
-        epochs, steps = divmod(self._steps.own, num_update_steps_per_epoch)
-        return epochs, steps * self.args.gradient_accumulation_steps
+        rank = None
+        if resume_from_checkpoint and has_edit_state(Path(resume_from_checkpoint)):
+            folder = Path(resume_from_checkpoint)
+            rank = read_host(folder, Manifest.read(folder), self.edit_layout)["rank"]
+        if rank is not None and self.edit_layout.num_replicas > 1:
+            self._steps.own = rank["own_steps"]
+            if self._steps.by_time and not self.args.ignore_data_skip:
+                epochs, steps = divmod(self._steps.own, num_update_steps_per_epoch)
+                position = epochs, steps * self.args.gradient_accumulation_steps
+        return self._place_in_data(rank, position)
 
     def _start_progress(self, first: bool) -> None:
         """The engine is ready: the schedule follows it. `first`: this rank has no progress of its own from before."""

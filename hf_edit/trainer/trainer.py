@@ -1,4 +1,4 @@
-"""EDiTTrainer: a `transformers.Trainer` whose replicas train alone and meet in outer syncs.
+"""EDiTTrainer: a `transformers.Trainer` whose replicas train alone between outer syncs.
 
 A shell without arithmetic: it turns the Trainer's hooks into the engine's calls, keeps what the Trainer exchanges in
 every step inside the replica, and moves what needs equal replicas to a sync.
@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from accelerate.utils.memory import should_reduce_batch_size
-from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import hf_edit.checkpoint.state as checkpoint
@@ -24,7 +20,7 @@ from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout, ring_bytes
 from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import is_prepared
-from hf_edit.telemetry.logs import EDiTStats, LossSpikeDetector, go_offline_without_login, publish_settings
+from hf_edit.telemetry.logs import EDiTStats, go_offline_without_login, publish_settings
 from hf_edit.trainer.accelerate_hook import (
     check_accelerator,
     equalise_sampler_once,
@@ -34,16 +30,17 @@ from hf_edit.trainer.accelerate_hook import (
 )
 from hf_edit.trainer.checkpoints import EDiTCheckpointMark, TrainerCheckpoints
 from hf_edit.trainer.checks import check_optimizer, check_order, check_wrapping, never_due, passed_over
-from hf_edit.trainer.counts import TrainerCounts
+from hf_edit.trainer.data import TrainerData
 from hf_edit.trainer.decisions import TrainerDecisions
 from hf_edit.trainer.logs import TrainerLogs
 from hf_edit.trainer.progress import GlobalSteps, TrainerProgress
+from hf_edit.trainer.step import TrainerStep
 from hf_edit.trainer.world import ReplicaAccelerator, check_generation, check_sampling
 
 logger = logging.getLogger(__name__)
 
 
-class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs, TrainerProgress):
+class EDiTMixin(TrainerCheckpoints, TrainerStep, TrainerData, TrainerDecisions, TrainerLogs, TrainerProgress):
     """Makes any Trainer subclass train with EDiT: `class EDiTSFTTrainer(EDiTMixin, SFTTrainer)`.
 
     Args:
@@ -120,6 +117,9 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
             check_wrapping(self.model, self.accelerator.state.fsdp_plugin, self.edit_layout)
         return super().train(*args, **kwargs)
 
+    def _keep_driver_last(self) -> None:
+        self._driver.stand_last()
+
     def _get_peers(self) -> ProcessGroupPeers:
         if self._peers is None:
             self._peers = ProcessGroupPeers(self.edit_layout, self.edit_config.longest_wait_seconds)
@@ -134,12 +134,11 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         if (warning := never_due(self.edit_config, self.state.global_step, self.state.max_steps)) is not None:
             self._say_once(warning)
         equalise_sampler_once(self.callback_handler.train_dataloader)
-        self._saw_training_step = False
         self.edit_stats = EDiTStats()
         self._conductor = Conductor(by_time=self._steps.by_time)
-        self._batch_size_agreed = False
         self._start_logs()
         self._start_counts()
+        self._start_position()
         self._engine = Engine(
             self.model_wrapped,
             self.optimizer,
@@ -159,7 +158,12 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
 
     def _rank_state(self) -> dict[str, Any]:
         """What this rank counts, for a checkpoint."""
-        return {**self._counts(), "spikes": asdict(self._spikes), "own_steps": self._steps.own}
+        return {
+            **self._counts(),
+            "spikes": self._log_state(),
+            "own_steps": self._steps.own,
+            "data": self._position_state(),
+        }
 
     def _restore_rank_state(self, state: dict[str, Any] | None) -> None:
         if state is None:  # another layout
@@ -167,56 +171,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerCounts, TrainerDecisions, TrainerLogs
         assert self._engine is not None
         checkpoint.load_rank(self._engine, state)
         self._restore_counts(state)
-        self._spikes = LossSpikeDetector(**{**state["spikes"], "threshold": self.edit_config.loss_spike_threshold})
-
-    # -- one step -----------------------------------------------------------------------------------------------------
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if self._engine is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        self._driver.stand_last()
-        self._saw_training_step = True
-        main_input_name = getattr(self.model, "main_input_name", "input_ids")
-        main_input = inputs.get(main_input_name) if isinstance(inputs, Mapping) else None
-        tokens = main_input.numel() if isinstance(main_input, Tensor) else 0
-        unlabelled = any(inputs is batch for batch in self._unlabelled)
-        seen = self.state.num_input_tokens_seen
-        with contextlib.ExitStack() as stack:
-            if self.args.auto_find_batch_size:
-                stack.enter_context(self._same_batch_size())
-            stack.enter_context(self._in_step())
-            if unlabelled:
-                stack.enter_context(self.accelerator.without_gradient(model))
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if unlabelled:
-            loss = torch.zeros_like(loss)
-        if self.state.num_input_tokens_seen != seen:  # GRPO counts them here
-            self._count_input_tokens(seen, in_replica=not self._engine.warming_up)
-        self._engine.tally(loss=loss / self.edit_layout.replica_size, tokens=tokens)
-        return loss
-
-    @contextlib.contextmanager
-    def _same_batch_size(self) -> Iterator[None]:
-        """The first batch fits all ranks, or all raise what makes auto_find_batch_size try a smaller one."""
-        assert self._engine is not None
-        failure: RuntimeError | None = None
-        try:
-            yield
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if self._batch_size_agreed:
-                raise RuntimeError(
-                    f"Step {self.state.global_step + 1} ran out of memory with a batch size that fitted all ranks at "
-                    "first; the other replicas train on and cannot change it now. Set a smaller "
-                    "per_device_train_batch_size."
-                ) from error
-            failure = error
-        if self._batch_size_agreed:
-            return
-        if self._engine.agree({"smaller_batch"} if failure else ()):
-            raise failure or RuntimeError("CUDA out of memory. (On another rank: all take a smaller batch.)")
-        self._batch_size_agreed = True
+        self._restore_logs(state["spikes"])
 
     # -- evaluation, the end ------------------------------------------------------------------------------------------
 
@@ -278,10 +233,13 @@ class _EngineDriver(TrainerCallback):
         publish_settings(self.trainer.edit_config.to_dict())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._steps.begin_epoch()
+        self.trainer._begin_epoch()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._end_epoch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.trainer._saw_training_step:
+        if not self.trainer._saw_step:
             raise passed_over(self.trainer, "training_step")
         self.trainer._engine.before_optimizer_step()
         self.trainer._leave_out_empty_step()

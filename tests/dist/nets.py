@@ -153,6 +153,6 @@ def train(
         engine.step()
         run.losses.append(total)
     engine.flush()
-    run.records = engine.take_records()
+    run.records = engine.sync.take_records()
     run.params = {name.removeprefix("module."): full(param) for name, param in model.named_parameters()}
     return run

@@ -63,7 +63,7 @@ def test_a_fast_replica_takes_more_steps_between_two_syncs(weighting: str, after
             agreed = replica.step(requests=("save",) if (rank, number) == (1, 5) else ())
             if agreed is not None:
                 seen.append((replica.value, agreed))
-        records = replica.engine.take_records()
+        records = replica.engine.sync.take_records()
         assert [record.plan.tallies["inner_steps"].tolist() for record in records] == [[6.0, 3.0]] * 2
         return seen, replica.engine.progress.value
 
@@ -89,7 +89,7 @@ def test_the_time_that_a_sync_takes_is_not_the_interval_s(overlap: str, second: 
         for _ in range(6 + int(second)):
             replica.step()
         replica.engine.before_optimizer_step()
-        return [record.plan.tallies["inner_steps"].tolist() for record in replica.engine.take_records()]
+        return [record.plan.tallies["inner_steps"].tolist() for record in replica.engine.sync.take_records()]
 
     assert run_ranks(2, body) == [[[6.0, 6.0], [second, second]]] * 2
 
@@ -110,7 +110,7 @@ def test_a_delayed_sync_by_time() -> None:
         # The timer runs from the moment that both had come: at 106 s; now it is 108 s here, 110 s there.
         assert replica.engine.schedule._timed_from == 106.0
         replica.engine.barrier()
-        return [*seen, replica.value, replica.engine.take_records()[-1].plan.tallies["inner_steps"].tolist()]
+        return [*seen, replica.value, replica.engine.sync.take_records()[-1].plan.tallies["inner_steps"].tolist()]
 
     # At the end the pseudo-gradients since -7.5 are 2 and 6, their mean 4.
     assert run_ranks(2, body) == [[-9.5, -11.5, [2.0, 2.0]], [-13.5, -11.5, [2.0, 2.0]]]
@@ -129,7 +129,7 @@ def test_a_delayed_sync_ends_when_the_next_one_is_due() -> None:
         assert replica.engine.sync.pending
         assert replica.now == 112.0
         replica.engine.barrier()
-        return [*seen, replica.value, replica.engine.take_records()[-1].plan.tallies["inner_steps"].tolist()]
+        return [*seen, replica.value, replica.engine.sync.take_records()[-1].plan.tallies["inner_steps"].tolist()]
 
     assert run_ranks(2, body) == [[(10, -12.5), -15.0, [6.0, 3.0]], [(5, -16.5), -15.0, [6.0, 3.0]]]
 
@@ -145,7 +145,7 @@ def test_who_has_ended_waits_for_the_others_and_weighs_nothing(overlap: str) -> 
         for _ in range(3 if rank == 1 else 10):
             replica.step()
         replica.engine.barrier()
-        return [replica.value, *[r.plan.weights[0, 0].item() for r in replica.engine.take_records()]]
+        return [replica.value, *[r.plan.weights[0, 0].item() for r in replica.engine.sync.take_records()]]
 
     for value, *weights in run_ranks(2, body):
         assert value == -10.0

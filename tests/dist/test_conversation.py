@@ -120,7 +120,7 @@ def train(rank: int, overlap: str, fault: tuple[str, int] | None, shape: tuple[i
             assert torch.equal(mine, was)
     peers.fault = None
     assert sync() is not None
-    told = engine.take_records()[-1].plan.tallies
+    told = engine.sync.take_records()[-1].plan.tallies
     params = [part.clone() for unit in engine.units for part in unit.parts()]
     return {"params": params, "calls": peers.calls, "told": told}
 
@@ -166,7 +166,7 @@ def test_who_does_not_take_part_weighs_nothing(overlap: str) -> None:
         optimizer.step()
         engine.step()
         engine.drain()
-        plan = engine.take_records()[0].plan
+        plan = engine.sync.take_records()[0].plan
         return plan.weights.tolist(), engine.sync.detectors.count.tolist()
 
     assert run_ranks(3, body) == [([[0.5, 0.5, 0.0]] * NUM_UNITS, [[1, 1, 0]] * NUM_UNITS)] * 3

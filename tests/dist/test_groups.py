@@ -12,7 +12,7 @@ from hf_edit.config import EDiTConfig
 from hf_edit.sync.engine import Engine
 from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout, default_num_replicas
-from hf_edit.sync.units import Unit, find_units, like_param, local_part
+from hf_edit.sync.units import Unit, _is_gathering, find_units, like_param, local_part
 from tests.dist.nets import UNITS, Net, shard, train
 from tests.dist.threads import run_ranks
 
@@ -262,3 +262,17 @@ def test_who_has_ended_waits_for_the_exchange_of_the_others() -> None:
     assert 0.4 <= first[0] < 0.9, "longer than it may it does not wait here"
     assert 0.5 < first[1] < 5.0, "until rank 1 has come"
     assert first[2] == [[1.0], [2.0]]
+
+
+def test_what_is_on_its_way_is_known() -> None:
+    """hf_edit.sync.units asks by private names; this fails when they move."""
+
+    def body(rank: int) -> list[bool]:
+        block = shard(Net(), Layout.split(2, 1, rank)).blocks[0]
+        seen = [_is_gathering(block)]
+        handle = block.unshard(async_op=True)
+        seen.append(_is_gathering(block))
+        handle.wait()
+        return [*seen, _is_gathering(block)]
+
+    assert run_ranks(2, body) == [[False, True, False]] * 2

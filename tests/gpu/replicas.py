@@ -48,7 +48,7 @@ def train(layout: Layout, **settings: object) -> dict[str, Tensor]:
         optimizer.zero_grad()
         engine.step()
     engine.flush()
-    assert len(engine.take_records()) == 3
+    assert len(engine.sync.take_records()) == 3
     return {name: full(param) for name, param in model.named_parameters()}
 
 

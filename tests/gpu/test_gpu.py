@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
+from hf_edit.peers.layout import Layout
+from hf_edit.peers.replica import Replica
+from hf_edit.sync.overlap import Blocking, Forward
 from hf_edit.sync.unit_sync import OuterSync
 from hf_edit.sync.units import find_units
 from tests.dist.nets import Net, batch
@@ -21,12 +24,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 class Twin:
-    """`Peers` with one other replica, which always is where this one is. Sums on a stream of its own, late, as NCCL
-    would; with `late_cycles=None` at once on the current stream."""
+    """A `Conversation` with one other replica, which always is where this one is. Sums on a stream of its own, late, as
+    NCCL would; with `late_cycles=None` at once on the current stream."""
 
     num_replicas = 2
     replica = 0
     bytes_sent = 0
+    fixed = True
+
+    def begin(self, sync: int) -> list[int]:
+        return [0, 1]
 
     def __init__(self, late_cycles: int | None) -> None:
         self.late_cycles = late_cycles
@@ -63,21 +70,20 @@ class _Done:
 def train_with_twin(peers: Twin, config: EDiTConfig, steps: int = 8) -> tuple[dict[str, Tensor], list[Any]]:
     model = Net(num_blocks=6).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    sync = OuterSync(find_units(model), peers, lambda tensor: tensor, config, optimizer)
+    sync = OuterSync(find_units(model), peers, Replica(Layout(1, 1, 0), 1.0), config, optimizer)
     sync.take_anchors()
+    way = {"none": Blocking, "forward": Forward}[config.overlap](sync)
     for step in range(steps):
         x, y = (t.cuda() for t in batch(step, 0))
         nn.functional.mse_loss(model(x), y).backward()
-        sync.finish()
+        way.finish()
         optimizer.step()
         optimizer.zero_grad()
         if step % 2 == 1:
-            sync.begin({"inner_steps": 2.0})
-            if config.overlap == "none":
-                sync.finish()
-            else:
-                sync.apply_in_forward()
-    sync.finish()
+            way.begin({"inner_steps": 2.0})
+            way.decide()
+            assert way.carry_out()
+    way.finish()
     return {name: p.detach().clone() for name, p in model.named_parameters()}, sync.take_records()
 
 

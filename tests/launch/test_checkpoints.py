@@ -11,6 +11,7 @@ from tests.launch.launching import SCRIPTS, accelerate_launch, run, torchrun
 
 SCENARIOS = [
     "resumed_runs_are_bit_for_bit",
+    "every_kind_of_data_resumes_in_later_epochs",
     "a_checkpoint_that_is_not_whole_is_passed_over",
     "another_model_is_refused_another_method_is_told",
     "delayed_syncs_resume_bit_for_bit",

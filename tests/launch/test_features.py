@@ -17,11 +17,8 @@ SCENARIOS = [
     "buffers_follow_and_blocks_may_rest",
     "losses_that_are_no_numbers_are_filtered_from_the_logs",
     "predictions_are_of_equal_replicas",
-    "a_flag_of_one_rank_at_any_event_ends_in_one_decision",
-    "sigterm_saves_one_step_with_all",
     "a_subclass_may_override_without_super",
     "models_that_fsdp2_cannot_shard_are_refused",
-    "batches_without_labels_teach_nothing",
 ]
 
 

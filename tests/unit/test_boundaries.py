@@ -23,8 +23,10 @@ ORDER = [
     "trainer.checks",
     "trainer.accelerate_hook",
     "trainer.world",
-    "trainer.counts",
     "trainer.progress",
+    "trainer.step",
+    "trainer.randomness",
+    "trainer.data",
     "trainer.decisions",
     "trainer.logs",
     "trainer.checkpoints",
@@ -125,7 +127,7 @@ def test_a_floor_says_what_lives_there(floor: str) -> None:
         ("method.penalty", "from hf_edit.sync.unit_sync import OuterSync"),
         ("sync.unit_sync", "import torch.distributed.fsdp"),
         ("sync.engine", "from accelerate import Accelerator"),
-        ("telemetry.logs", "from hf_edit.trainer.counts import TrainerCounts"),
+        ("telemetry.logs", "from hf_edit.trainer.step import TrainerStep"),
     ],
 )
 def test_a_breach_is_seen(name: str, line: str) -> None:
@@ -157,3 +159,37 @@ def test_public_names() -> None:
         assert getattr(hf_edit, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
         hf_edit.Trainer  # noqa: B018
+
+
+# What the parts of EDiTMixin know of each other, beside their methods and what is the Trainer's own.
+TRAINERS_OWN = {"lr_scheduler", "model_wrapped"}
+
+
+def attributes(source: str) -> tuple[set[str], set[str], set[str]]:
+    """Of the classes in `source`: attributes of `self` that are used, those that are assigned, and methods."""
+    used, assigned, methods = set(), set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            methods.add(node.name)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            used.add(node.attr)
+            if isinstance(node.ctx, ast.Store):
+                assigned.add(node.attr)
+    return used, assigned, methods
+
+
+def shared(sources: list[str]) -> set[str]:
+    found = [attributes(source) for source in sources]
+    assigned = set().union(*(own for _, own, _ in found)) - set().union(*(methods for *_, methods in found))
+    return {name for name in assigned - TRAINERS_OWN if sum(name in used for used, *_ in found) > 1}
+
+
+def test_the_parts_of_the_trainer_share_few_attributes() -> None:
+    parts = ("trainer", "step", "data", "decisions", "logs", "progress", "checkpoints")
+    found = shared([files()[f"trainer.{part}"].read_text(encoding="utf-8") for part in parts])
+    assert len(found) <= 10, found
+
+
+def test_a_shared_attribute_is_seen() -> None:
+    one, other = "class A:\n def f(self):\n  self.x = self.y = 1", "class B:\n def g(self):\n  return self.x"
+    assert shared([one, other]) == {"x"}

@@ -9,11 +9,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_edit import EDiTConfig, EDiTTrainer
@@ -54,7 +56,7 @@ class Snapshot(TrainerCallback):
 
 def run(
     name: str, resume: Any = None, config: Any = None, steps: int = STEPS, model: Any = None, callbacks: Any = (),
-    trainer: Any = EDiTTrainer, **settings: Any,
+    trainer: Any = EDiTTrainer, data: Any = None, **settings: Any,
 ) -> Any:  # fmt: skip
     """A finished trainer, with its Snapshot as `.end`; five batches a rank make an epoch of 3 steps, the last short."""
     snapshot = Snapshot()
@@ -68,7 +70,7 @@ def run(
     edit = {"edit_config": config} if issubclass(trainer, EDiTTrainer) else {}
     made = trainer(
         model=model or make_model(), args=make_args(**{**defaults, **settings}), callbacks=[snapshot, *callbacks],
-        train_dataset=make_rows(5 * 2 * world, ragged=True), eval_dataset=make_rows(8), **edit,
+        train_dataset=data or make_rows(5 * 2 * world, ragged=True), eval_dataset=make_rows(8), **edit,
     )  # fmt: skip
     snapshot.trainer, made.end = made, snapshot
     made.train(resume)
@@ -112,6 +114,42 @@ def resumed_runs_are_bit_for_bit() -> dict[str, Any]:
     blocking = EDiTConfig(sync_interval=3, warmup_steps=2, max_pseudo_grad_norm=0.5, ema_warmup_syncs=1, overlap="none")
     assert_same_end(whole, run("blocking", str(FOLDER / "whole" / "checkpoint-5"), config=blocking), after=5)
     return {"steps": steps}
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """Five batches a rank; the last is accumulated into the first step of the next epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        rows = make_rows(5 * 2 * int(os.environ["WORLD_SIZE"]), ragged=True)
+        return iter(rows[self.epoch :] + rows[: self.epoch])
+
+
+def hub_stream() -> datasets.IterableDataset:
+    rows = make_rows(5 * 2 * int(os.environ["WORLD_SIZE"]), ragged=True)
+    listed = datasets.Dataset.from_list([{key: value.tolist() for key, value in row.items()} for row in rows])
+    return listed.to_iterable_dataset(num_shards=1).shuffle(seed=3, buffer_size=4).with_format("torch")
+
+
+def every_kind_of_data_resumes_in_later_epochs() -> dict[str, Any]:
+    """From the first, second and fourth epoch, in its middle and at its end; without a word of other data."""
+    kinds = {
+        "grouped": dict(train_sampling_strategy="group_by_length"),
+        "stream": dict(data=Stream()),
+        "hub": dict(data=hub_stream()),
+    }
+    for kind, settings in kinds.items():
+        whole = run(kind, **settings)
+        with warnings_of_hf_edit() as said:
+            for step in (2, 5, 11):
+                again = run(f"{kind}-{step}", str(FOLDER / kind / f"checkpoint-{step}"), **settings)
+                assert_same_end(whole, again, step)
+        assert "other data" not in " ".join(said), said
+    return {}
 
 
 def delayed_syncs_resume_bit_for_bit() -> dict[str, Any]:

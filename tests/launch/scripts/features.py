@@ -397,6 +397,4 @@ def assert_replicas_equal(trainer: Any) -> None:
 
 
 if __name__ == "__main__":
-    from tests.launch.scripts import decisions, labels
-
-    main({**vars(decisions), **vars(labels), **globals()})
+    main(globals())

@@ -18,14 +18,14 @@ from hf_edit.method.conductor import REQUESTS, Conductor, Point
 # -- one point ---------------------------------------------------------------------------------------------------------
 
 
-def moves(conductor: Conductor, at: Point, *heard: set[str]) -> list[str]:
-    """The names of the moves at `at`; `heard` are the answers to those that ask, in order."""
-    answers, names = list(heard), []
+def moves(conductor: Conductor, at: Point, *received: set[str]) -> list[str]:
+    """The names of the moves at `at`; `received` are the answers to those that ask, in order."""
+    answers, names = list(received), []
     conductor.arrive(at)
     while (move := conductor.next(at)).name != "go on":
         names.append(move.name if move.name != "act" else "act " + " ".join(sorted(move.what)))
         if move.name in ("agree", "leave") or (move.name in ("drain", "flush") and answers):
-            conductor.hear(answers.pop(0) if answers else set())
+            conductor.receive(answers.pop(0) if answers else set())
         if move.name in ("drain", "leave", "flush"):
             at = replace(at, equal=True, pending=False)
     return names
@@ -35,7 +35,7 @@ EQUAL_STEP = Point(equal=True)
 
 
 @pytest.mark.parametrize(
-    ("at", "heard", "expected"),
+    ("at", "received", "expected"),
     [
         (Point(), [], []),
         (Point(warm_up=True, equal=True), [set()], ["agree"]),
@@ -52,20 +52,20 @@ EQUAL_STEP = Point(equal=True)
         (Point(urgent=True), [{"save", "stop"}], ["leave", "flush", "act save stop", "agree"]),
     ],
 )  # fmt: skip
-def test_what_is_done_at_a_point(at: Point, heard: list[set[str]], expected: list[str]) -> None:
-    assert moves(Conductor(), at, *heard) == expected
+def test_what_is_done_at_a_point(at: Point, received: list[set[str]], expected: list[str]) -> None:
+    assert moves(Conductor(), at, *received) == expected
 
 
 def test_what_is_heard_on_the_way_counts_at_the_point() -> None:
     conductor = Conductor()
-    conductor.hear({"evaluate"})
+    conductor.receive({"evaluate"})
     assert moves(conductor, EQUAL_STEP) == ["flush", "act evaluate", "agree"]
     assert moves(conductor, EQUAL_STEP) == []
 
 
 def test_a_decided_flag_is_no_new_request() -> None:
     conductor = Conductor()
-    conductor.hear({"epoch_stop"})
+    conductor.receive({"epoch_stop"})
     moves(conductor, EQUAL_STEP)
     assert conductor.cutting
     conductor.request({"epoch_stop"})  # the Trainer's flag still stands
@@ -152,31 +152,31 @@ class Replica:
 
     def step(self, warm_up: bool) -> Iterator[None]:
         """As `Engine.step`."""
-        heard = None
+        received = None
         if warm_up:
             return None
         self.interval += 1
         if self.pending is not None and self.interval >= self.delay:
-            heard = yield from self.complete(self.pending)
+            received = yield from self.complete(self.pending)
         if self.interval >= self.tau:
             if self.pending is not None:
-                heard = yield from self.complete(self.pending)
+                received = yield from self.complete(self.pending)
             number = self.begin()
             if self.delay:
                 self.pending = number
             else:
-                heard = yield from self.complete(number)
-        return heard
+                received = yield from self.complete(number)
+        return received
 
     def converse(self, move: Any) -> Iterator[None]:
         if move.name == "agree":
             return (yield from self.agree())
-        heard = None
+        received = None
         if self.pending is not None:
-            heard = yield from self.complete(self.pending)
+            received = yield from self.complete(self.pending)
         if move.name == "leave" or (move.name == "flush" and (self.interval or (move.leaving and self.delay))):
-            heard = (heard or set()) | (yield from self.complete(self.begin()))
-        return heard
+            received = (received or set()) | (yield from self.complete(self.begin()))
+        return received
 
     # the Trainer
     def train(self) -> Iterator[None]:
@@ -218,14 +218,14 @@ class Replica:
         if urgent:
             conductor.request({"save", "stop"})
         if not epoch_ended:
-            conductor.hear((yield from self.step(warm_up)))
+            conductor.receive((yield from self.step(warm_up)))
         while (move := conductor.next(here())).name != "go on":
             if move.name == "act":
                 assert here().equal, "what needs equal replicas"
                 self.acts.append(tuple(sorted(move.what)))
                 conductor.request(self.asks.pop(("during " + "+".join(sorted(move.what)), self.own), set()))
             else:
-                conductor.hear((yield from self.converse(move)))
+                conductor.receive((yield from self.converse(move)))
 
 
 def train(setting: Setting, asks: list[dict[tuple[str, int], set[str]]], rng: random.Random, urgent: Any = ()) -> Any:

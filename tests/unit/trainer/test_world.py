@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_edit.peers.layout import Layout
-from hf_edit.trainer.counts import num_targets
+from hf_edit.trainer.step import num_targets
 from hf_edit.trainer.world import COLLECTIVES, ReplicaAccelerator, check_generation, check_sampling, modules_of
 
 PEERS: Any = SimpleNamespace(
     layout=Layout.split(4, 2, 3),
-    gather_in_replica=lambda tensor: torch.cat([tensor.reshape(-1)] * 2),
-    gather_objects_in_replica=lambda value: [value] * 2,
+    inside=SimpleNamespace(
+        gather=lambda tensor: torch.cat([tensor.reshape(-1)] * 2), gather_object=lambda value: [value] * 2
+    ),
 )
 
 

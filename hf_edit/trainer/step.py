@@ -1,42 +1,42 @@
-"""What the Trainer counts over the world in every step: here over the replica, or at the next sync.
+"""One training step, in the world of the replica: its loss, and what the Trainer counts in it.
 
-Labels for the scale of the loss, tokens seen, floating point operations.
+Labels for the scale of the loss, tokens seen, floating point operations: over the replica, or at the next sync.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_edit.method.plan import SyncRecord
-from hf_edit.peers.group import Peers
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.logs import GlobalCount
+from hf_edit.trainer.progress import GlobalSteps
 from hf_edit.trainer.world import modules_of
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
 
-class TrainerCounts(_TrainerToBe):
-    """The part of `EDiTMixin` that counts."""
+class TrainerStep(_TrainerToBe):
+    """The part of `EDiTMixin` that takes steps and counts."""
 
     current_flos: float
     edit_layout: Layout
     _engine: Engine | None
-    _peers: Peers | None
-    _steps_at_log: int
+    _steps: GlobalSteps
 
     def _start_counts(self) -> None:
         self._step_modules = modules_of(self)
         self._unlabelled: list[Any] = []  # batches of the step under way that have no label on this rank
-        self._step_is_empty = False  # no batch of it has a label on any rank of the replica
+        self._saw_step = self._batch_size_agreed = False
         self._input_tokens = GlobalCount(self.edit_layout.num_replicas, self.state.num_input_tokens_seen)
         self._flos = GlobalCount(self.edit_layout.num_replicas, self.state.total_flos)
 
@@ -47,6 +47,53 @@ class TrainerCounts(_TrainerToBe):
     def _restore_counts(self, state: dict[str, Any]) -> None:
         self._input_tokens = GlobalCount(**state["input_tokens"])
         self._flos = GlobalCount(**state["flos"])
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self._engine is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._keep_driver_last()
+        self._saw_step = True
+        main_input_name = getattr(self.model, "main_input_name", "input_ids")
+        main_input = inputs.get(main_input_name) if isinstance(inputs, Mapping) else None
+        tokens = main_input.numel() if isinstance(main_input, Tensor) else 0
+        unlabelled = any(inputs is batch for batch in self._unlabelled)
+        seen = self.state.num_input_tokens_seen
+        with contextlib.ExitStack() as stack:
+            if self.args.auto_find_batch_size:
+                stack.enter_context(self._same_batch_size())
+            stack.enter_context(self._in_step())
+            if unlabelled:
+                stack.enter_context(self.accelerator.without_gradient(model))
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if unlabelled:
+            loss = torch.zeros_like(loss)
+        if self.state.num_input_tokens_seen != seen:  # GRPO counts them here
+            self._count_input_tokens(seen, in_replica=not self._engine.warming_up)
+        self._engine.tally(loss=loss / self.edit_layout.replica_size, tokens=tokens)
+        return loss
+
+    @contextlib.contextmanager
+    def _same_batch_size(self) -> Iterator[None]:
+        """The first batch fits all ranks, or all raise what makes auto_find_batch_size try a smaller one."""
+        assert self._engine is not None
+        failure: RuntimeError | None = None
+        try:
+            yield
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if self._batch_size_agreed:
+                raise RuntimeError(
+                    f"Step {self.state.global_step + 1} ran out of memory with a batch size that fitted all ranks at "
+                    "first; the other replicas train on and cannot change it now. Set a smaller "
+                    "per_device_train_batch_size."
+                ) from error
+            failure = error
+        if self._batch_size_agreed:
+            return
+        if self._engine.agree({"smaller_batch"} if failure else ()):
+            raise failure or RuntimeError("CUDA out of memory. (On another rank: all take a smaller batch.)")
+        self._batch_size_agreed = True
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         if self._engine is None:
@@ -60,33 +107,31 @@ class TrainerCounts(_TrainerToBe):
         """Which batches of an optimizer step have nothing to learn from on this rank, and whether none has on any rank
         of the replica."""
         assert self._engine is not None
-        assert self._peers is not None
-        self._unlabelled, self._step_is_empty = [], False
+        self._unlabelled, self._steps.empty = [], False
         # Private in transformers 5.24: whether the first label of a row is no target. tests/launch fail when it moves.
         counts = [num_targets(batch, self._loss_shifts_labels) for batch in batches]
         known = [count.to(device) for count in counts if count is not None]
         if not known or len(known) < len(counts):
             return
         own = torch.stack(known)
-        everyones = self._peers.inside.sum(own.sum()[None])
+        everyones = self._engine.peers.inside.sum(own.sum()[None])
         *numbers, in_replica = torch.cat([own, everyones]).tolist()
         self._unlabelled = [batch for batch, number in zip(batches, numbers, strict=True) if number == 0]
         # In the warm-up the other replicas' gradients are averaged into this one's.
-        self._step_is_empty = in_replica == 0 and not self._engine.warming_up
+        self._steps.empty = in_replica == 0 and not self._engine.warming_up
 
     def _leave_out_empty_step(self) -> None:
         """The optimizer is about to step: without gradients it moves neither parameters nor moments."""
-        if self._step_is_empty:
+        if self._steps.empty:
             self.model_wrapped.zero_grad()
-            self._steps_at_log += 1  # it has no loss that the next log entry could average
+            self._steps.at_log += 1  # it has no loss that the next log entry could average
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         # Private in transformers 5.24; tests/launch counts the bytes that cross between replicas.
         if self._engine is None:
             return super()._track_num_input_tokens(inputs)
-        assert self._peers is not None
         before = self.state.num_input_tokens_seen
-        with self.accelerator.in_replica(self._peers):
+        with self.accelerator.in_replica(self._engine.peers):
             super()._track_num_input_tokens(inputs)
         self._count_input_tokens(before, in_replica=True)
 
@@ -112,8 +157,7 @@ class TrainerCounts(_TrainerToBe):
         """Inside, the world is that of the step: the replica, and in the warm-up all of it."""
         if self._engine is None or self._engine.warming_up:
             return contextlib.nullcontext()
-        assert self._peers is not None
-        return self.accelerator.in_replica(self._peers, self._step_modules)
+        return self.accelerator.in_replica(self._engine.peers, self._step_modules)
 
     def _hand_over_counts(self) -> None:
         self._input_tokens.hand_over()
