@@ -183,17 +183,19 @@ class EDiTMixin(TrainerCheckpoints, TrainerStep, TrainerData, TrainerDecisions, 
 
     @contextlib.contextmanager
     def _whole_until_trained(self) -> Iterator[None]:
-        """FSDP2 shards the model together with its optimizer, when training starts; before, each rank uses it whole."""
-        if not self.is_fsdp_enabled or not self.accelerator.is_fsdp2 or self._engine or is_prepared(self.model):
+        """Before the training each rank evaluates the whole model, and leaves it as it was: FSDP2 shards it together
+        with its optimizer, when training starts, and a compiled one that is left here would be taken for prepared."""
+        if self._engine or is_prepared(self.model_wrapped):
             yield
             return
-        self.model.to(self.args.device)
-        self.is_fsdp_enabled, wrapped = False, self.model_wrapped
+        wrapped, fsdp = self.model_wrapped, self.is_fsdp_enabled and self.accelerator.is_fsdp2
+        if fsdp:
+            self.model.to(self.args.device)
+            self.is_fsdp_enabled = False
         try:
             yield
         finally:
-            # A compiled model, which evaluation leaves here, would be taken for one that is sharded already.
-            self.is_fsdp_enabled, self.model_wrapped = True, wrapped
+            self.is_fsdp_enabled, self.model_wrapped = self.is_fsdp_enabled or fsdp, wrapped
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         if self._engine is not None:
