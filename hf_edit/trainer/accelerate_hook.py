@@ -215,6 +215,14 @@ def make_accelerator(config: EDiTConfig, settings: dict[str, Any]) -> Accelerato
     return accelerator
 
 
+def prepare_anew(model: nn.Module) -> None:
+    """A model that was prepared for an evaluation alone shall be prepared for the training."""
+    # Private in Accelerate 1.15: a compiled model hands the mark on to the one that it compiles, which would then be
+    # left without DDP. tests/launch/scripts/features.py fails when it moves: ranks would train alone.
+    if hasattr(model, "_is_accelerate_prepared"):
+        del model._is_accelerate_prepared
+
+
 def layout_of(accelerator: Accelerator, config: EDiTConfig) -> Layout:
     """The layout of an accelerator that `make_accelerator` has made.
 

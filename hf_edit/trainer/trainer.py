@@ -25,6 +25,7 @@ from hf_edit.trainer.accelerate_hook import (
     check_accelerator,
     equalise_sampler_once,
     plan_layout,
+    prepare_anew,
     read_everywhere,
     replica_accelerator_args,
 )
@@ -196,6 +197,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerStep, TrainerData, TrainerDecisions, 
             yield
         finally:
             self.is_fsdp_enabled, self.model_wrapped = self.is_fsdp_enabled or fsdp, wrapped
+            prepare_anew(self.model)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         if self._engine is not None:
