@@ -207,14 +207,14 @@ def trl_trainers_agree_with_plain_ones() -> dict[str, Any]:
 def sampling_by_time_with_a_slow_replica() -> dict[str, Any]:
     """GRPO as it is used: every rank samples, and no replica waits for another between two syncs."""
     size = 2 if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
-    trainer = make(
-        EDiTSampling, GRPOConfig, EDiTConfig(sync_seconds=1.0), max_steps=8, learning_rate=1e-3,
-    )  # fmt: skip
     with pytest.raises(ValueError, match="completions of a prompt are compared"):
         make(EDiTSampling, GRPOConfig, EDiTConfig(), num_generations=8)
     if size > 1:
         with pytest.raises(ValueError, match="min_new_tokens"):
             make(EDiTSampling, GRPOConfig, EDiTConfig(), generation_kwargs=None)
+    trainer = make(
+        EDiTSampling, GRPOConfig, EDiTConfig(sync_seconds=1.0), max_steps=8, learning_rate=1e-3,
+    )  # fmt: skip
     trainer.train()
     assert trainer.crossing == 0
     assert trainer.edit_stats.syncs >= 1
