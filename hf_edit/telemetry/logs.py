@@ -26,7 +26,8 @@ class EDiTStats:
     """Totals of one call of `train()`, on this rank.
 
     `exposed_seconds` is the time that training waited for syncs, `sync_bytes` what this rank sent to other replicas,
-    `gradient_bytes` what it would send to average the gradients once.
+    `gradient_bytes` what it would send to average the gradients once, and `hsdp_bytes` what it would have sent had every
+    inner step done so, as FSDP over all ranks (HSDP) does.
     """
 
     inner_steps: int = 0
@@ -34,14 +35,10 @@ class EDiTStats:
     exposed_seconds: float = 0.0
     sync_bytes: int = 0
     gradient_bytes: int = 0
+    hsdp_bytes: int = 0
     anomalous_replicas: int = 0
     rollbacks: int = 0
     loss_spikes: int = 0
-
-    @property
-    def hsdp_bytes(self) -> int:
-        """What it would have sent had every inner step averaged the gradients, as FSDP over all ranks (HSDP) does."""
-        return self.inner_steps * self.gradient_bytes
 
     def add(self, record: SyncRecord) -> None:
         self.syncs += 1

@@ -167,6 +167,7 @@ class TrainerDecisions(_TrainerToBe):
         skipped = self.accelerator.optimizer_step_was_skipped or self._steps.empty
         if not self._engine.warming_up:
             self.edit_stats.inner_steps += not skipped
+            self.edit_stats.hsdp_bytes += self.edit_stats.gradient_bytes
         self._receive(self._engine.step(self._conductor.requests, skipped), by_progress=True)
 
     def _must_save_now(self) -> bool:
