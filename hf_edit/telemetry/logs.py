@@ -26,7 +26,7 @@ class EDiTStats:
     """Totals of one call of `train()`, on this rank.
 
     `exposed_seconds` is the time that training waited for syncs, `sync_bytes` what this rank sent to other replicas,
-    `gradient_bytes` what it would send to average the gradients once, and `hsdp_bytes` what it would have sent had every
+    `gradient_bytes` what it would send to average the gradients once, `hsdp_bytes` what it would have sent had every
     inner step done so, as FSDP over all ranks (HSDP) does.
     """
 
