@@ -21,7 +21,7 @@ def free_port() -> int:
 
 
 def accelerate_launch(
-    config: str, script: Path, *arguments: str, timeout: float = 480.0, **environment: str | None
+    config: str, script: Path, *arguments: str, timeout: float = 900.0, **environment: str | None
 ) -> str:
     """`accelerate launch --config_file CONFIG SCRIPT ARGUMENTS`; its output. Fails with it on any exit code but 0.
 
@@ -32,7 +32,7 @@ def accelerate_launch(
 
 
 def torchrun(
-    num_processes: int, script: Path, *arguments: str, timeout: float = 480.0, **environment: str | None
+    num_processes: int, script: Path, *arguments: str, timeout: float = 900.0, **environment: str | None
 ) -> str:
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={free_port()}"]
     return run([*launcher, str(script), *arguments], timeout, environment)

@@ -11,7 +11,6 @@ from tests.launch.launching import SCRIPTS, accelerate_launch, run, torchrun
 
 SCENARIOS = [
     "resumed_runs_are_bit_for_bit",
-    "every_kind_of_data_resumes_in_later_epochs",
     "a_checkpoint_that_is_not_whole_is_passed_over",
     "another_model_is_refused_another_method_is_told",
     "delayed_syncs_resume_bit_for_bit",
@@ -22,12 +21,16 @@ SCENARIOS = [
 
 
 @pytest.mark.parametrize(
-    ("config", "also"), [("cpu_2x2.yaml", "sharded_checkpoints"), ("cpu_4x1.yaml", "plain_trainers_checkpoints")]
+    ("config", "also"),
+    [
+        ("cpu_2x2.yaml", ["sharded_checkpoints"]),
+        ("cpu_4x1.yaml", ["plain_trainers_checkpoints", "every_kind_of_data_resumes_in_later_epochs"]),
+    ],
 )
-def test_the_scenarios_pass(config: str, also: str, tmp_path: Path) -> None:
-    output = accelerate_launch(config, SCRIPTS / "checkpoints.py", str(tmp_path), *SCENARIOS, also)
+def test_the_scenarios_pass(config: str, also: list[str], tmp_path: Path) -> None:
+    output = accelerate_launch(config, SCRIPTS / "checkpoints.py", str(tmp_path), *SCENARIOS, *also)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert list(results) == [*SCENARIOS, also], output
+    assert list(results) == [*SCENARIOS, *also], output
 
 
 def test_other_numbers_of_replicas_and_shards(tmp_path: Path) -> None:
@@ -43,5 +46,5 @@ def test_other_numbers_of_replicas_and_shards(tmp_path: Path) -> None:
 
 def test_what_a_kill_leaves_is_never_taken_for_whole(tmp_path: Path) -> None:
     """Twenty kills at random moments; `python -m tests.launch.scripts.killing FOLDER SEED KILLS` repeats it."""
-    output = run([str(SCRIPTS / "killing.py"), str(tmp_path), "1", "20"], timeout=480, environment={})
+    output = run([str(SCRIPTS / "killing.py"), str(tmp_path), "1", "20"], timeout=900, environment={})
     assert "passed: 20 kills" in output

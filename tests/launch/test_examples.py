@@ -23,7 +23,6 @@ def readme_block(mark: str) -> list[str]:
     return found[1].strip().splitlines()
 
 
-@pytest.mark.timeout(600)
 def test_the_main_job_as_the_readme_has_it(tmp_path: Path) -> None:
     words = shlex.split(readme_block("main job")[-1])
     assert words[:3] == ["accelerate", "launch", "--config_file"]
