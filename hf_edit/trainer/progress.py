@@ -20,6 +20,7 @@ from hf_edit.config import EDiTConfig
 from hf_edit.method.schedule import GlobalProgress
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
+from hf_edit.trainer.checks import passed_over
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
@@ -253,6 +254,8 @@ class TrainerProgress(_TrainerToBe):
         """An optimizer step was taken, which the Trainer will count next: the sum shall be the global step."""
         if self._engine is None:
             return
+        if self._steps.uncounted:
+            raise passed_over(self, "_maybe_log_save_evaluate")
         self._steps.take(self._engine.warming_up)
         if self._steps.by_time:
             self.state.global_step = self._steps.estimate(self.state, self._engine.progress) - 1
