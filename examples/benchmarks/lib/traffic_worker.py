@@ -29,7 +29,7 @@ def main() -> None:
     tokens = torch.randint(0, SIZES[size]["vocab_size"], (512, 16), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     args = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=os.path.join(tempfile.gettempdir(), "hf_edit-traffic-" + os.environ["MASTER_PORT"]),  # of all ranks
         max_steps=steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=2,
