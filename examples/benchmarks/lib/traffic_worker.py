@@ -42,6 +42,7 @@ def main() -> None:
         save_strategy="steps",
         save_on_each_node=True if busy else "no",
         save_steps=1000,
+        save_only_model=True,  # the hosts share no disk
         report_to="none",
         disable_tqdm=True,
     )
