@@ -39,8 +39,7 @@ def main() -> None:
         include_num_input_tokens_seen="all" if busy else "no",
         eval_strategy="steps" if busy else "no",
         eval_steps=1000,  # falls to the sync that ends every run
-        save_strategy="steps",
-        save_on_each_node=True if busy else "no",
+        save_strategy="steps" if busy else "no",
         save_steps=1000,
         save_only_model=True,  # the hosts share no disk
         report_to="none",
