@@ -71,7 +71,7 @@ class Conductor:
     """
 
     by_time: bool = False
-    requests: set[str] = field(default_factory=set)  # of this rank, which the others have yet to receive of
+    requests: set[str] = field(default_factory=set)  # of this rank, which the others do not know of yet
     stopping: bool = False  # decided: no step follows
     cutting: bool = False  # decided: the running epoch ends here
     _left: bool = False  # the others know that this replica's training ends

@@ -7,6 +7,7 @@ names.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -64,16 +65,16 @@ class OuterOptimizer(Protocol):
         ...
 
 
-class FlatRule:
+class FlatRule(ABC):
     """A rule of tensors that begin as zeros. An offloaded state is brought to the device for the step, and back."""
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         return ()
 
+    @abstractmethod
     def update(self, anchor: Tensor, gradient: Tensor, tensors: dict[str, Tensor], sync: int) -> None:
         """One step, in place, all on one device; arguments as of `OuterOptimizer.step`."""
-        raise NotImplementedError
 
     def init(self, parts: Sequence[Tensor], offload: bool) -> OuterState:
         state = _anchored(parts, offload)

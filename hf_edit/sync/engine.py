@@ -179,7 +179,7 @@ class Engine:
         return agreed
 
     def drain(self) -> set[str] | None:
-        """Ends a sync under way; what any rank wanted at it if this one has not received of that yet, else None."""
+        """Ends a sync under way; what any rank wanted at it if this one does not know of that yet, else None."""
         agreed = self._complete() if self._delay_steps and self.sync.pending else None
         self._under_way.finish()
         return agreed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,8 @@ def wrapping_groups(model: nn.Module, is_block: Callable[[nn.Module], bool]) -> 
     """
     groups = [[module] for module in reversed(list(model.modules())) if module is not model and is_block(module)]
     taken = {module for group in groups for module in group}
-    embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
+    found = [ask(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings")]
+    embedding, head = (end if isinstance(end, nn.Module) else None for end in found)
     weight = getattr(embedding, "weight", None)
     tied = weight is not None and getattr(head, "weight", None) is weight
     ends = [[_final_norm(model), embedding, head]] if tied else [[embedding], [_final_norm(model), head]]
@@ -219,13 +221,12 @@ def _wrapping_groups(model: nn.Module) -> dict[nn.Module, int]:
     return {module: id(group[0]) for group in groups for module in group}
 
 
-def _end(model: nn.Module, getter: str) -> nn.Module | None:
-    """The embeddings or the head, if `model` has such a module; models of speech, images or time series may raise."""
+def ask(model: nn.Module, getter: str, otherwise: Any = None) -> Any:
+    """What `model.getter()` returns; `otherwise` if it raises, as models of speech, images or time series may."""
     try:
-        found = getattr(model, getter, lambda: None)()
+        return getattr(model, getter, lambda: None)()
     except (NotImplementedError, AttributeError):
-        return None
-    return found if isinstance(found, nn.Module) else None
+        return otherwise
 
 
 def _final_norm(model: nn.Module) -> nn.Module | None:

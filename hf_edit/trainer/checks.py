@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.layout import Layout
-from hf_edit.sync.units import wrapping_groups
+from hf_edit.sync.units import ask, wrapping_groups
 
 # -- the launch -------------------------------------------------------------------------------------------------------
 
@@ -99,15 +99,13 @@ def check_wrapping(model: nn.Module, plugin: FullyShardedDataParallelPlugin, lay
     instead = (
         f"train replicas of one rank (num_replicas={layout.num_replicas * layout.replica_size}), which need no FSDP"
     )
-    name = type(model).__name__
+    name, raised = type(model).__name__, object()
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            getattr(model, getter, lambda: None)()
-        except (NotImplementedError, AttributeError):
+        if ask(model, getter, raised) is raised:
             raise ValueError(
                 f"{name}.{getter}() raises, and Accelerate asks it when it shards with FSDP2. Define it in a subclass "
                 f"of the model (it may return None), or {instead}."
-            ) from None
+            )
     if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
         raise ValueError(
             "PEFT runs the prompt encoder of a prompt-learning adapter when it saves it, on one rank, where FSDP2 has "

@@ -184,7 +184,7 @@ class DataPosition:
             if path in self._parts:
                 self._parts[path].load_state_dict(kept)
         # As the Trainer and Accelerate do it, but for the loader itself and not for one that skips batches: through
-        # that one a sampler of the user's, and BatchRebalanceSampler, would not receive of the epoch.
+        # that one a sampler of the user's, and BatchRebalanceSampler, would not get the epoch.
         inner = getattr(getattr(self.loader, "batch_sampler", None), "batch_sampler", None)
         for part in (self.loader, inner):
             if part is not None and hasattr(part, "set_epoch"):

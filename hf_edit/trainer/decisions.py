@@ -18,7 +18,7 @@ from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import Conductor, Move, Point
 from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.logs import EDiTStats
-from hf_edit.trainer.progress import FLAGS, GlobalSteps
+from hf_edit.trainer.progress import FLAGS, FollowProgress, GlobalSteps
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
@@ -49,6 +49,7 @@ class TrainerDecisions(_TrainerToBe):
     _engine: Engine | None
     _conductor: Conductor
     _steps: GlobalSteps
+    lr_scheduler: Any
     _jit: JointJITCheckpoint | None = None
     _carrying_out: frozenset[str] = frozenset()  # what all ranks do now
 
@@ -77,7 +78,7 @@ class TrainerDecisions(_TrainerToBe):
         decided = False
         for what in self._decide_together(stepped):
             self._log_syncs()
-            self._collect_requests()  # of callbacks that received of the sync
+            self._collect_requests()  # of callbacks that saw the sync's log
             self._show(what)
             self.control.should_log = False  # is done; the Trainer would gather the loss over all ranks
             carry_out()
@@ -156,10 +157,12 @@ class TrainerDecisions(_TrainerToBe):
         if requests is not None and by_progress and self._steps.by_time:
             assert self._engine is not None
             requests = requests | self._steps.agree(self.args, self.state, self._engine.progress)
+            if isinstance(self.lr_scheduler, FollowProgress):
+                self.lr_scheduler.go_to(self.state.global_step)
         self._conductor.receive(requests)
 
     def _count_step(self) -> None:
-        """Tells the engine of a step that it has not received of, and hears of a sync behind it."""
+        """Tells the engine of a step that it does not know of yet; it may sync behind it."""
         assert self._engine is not None
         if not self._steps.uncounted:
             return

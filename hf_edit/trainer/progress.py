@@ -46,7 +46,11 @@ class FollowProgress:
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """After an optimizer step, which `progress` does not count yet."""
-        due = min(int(self.progress.value + self.progress.rate), self._last)
+        self.go_to(int(self.progress.value + self.progress.rate), *args, **kwargs)
+
+    def go_to(self, step: int, *args: Any, **kwargs: Any) -> None:
+        """The global step is `step` or later; a scheduler that has been ahead of it waits there."""
+        due = min(step, self._last)
         for _ in range(self._stands_at, due):
             self.scheduler.step(*args, **kwargs)
         self._stands_at = max(self._stands_at, due)
@@ -78,7 +82,7 @@ class GlobalSteps:
     flow: DefaultFlowCallback | None = None
     num_epochs: int = 0
     steps_per_epoch: int = 1
-    uncounted: bool = False  # the engine has yet to receive of the last step
+    uncounted: bool = False  # the engine does not know of the last step yet
     warm_up: bool = False  # the last step was a synchronous one
     empty: bool = False  # no batch of the step under way has a label on any rank of the replica
     at_log: int = 0  # own steps at the last log entry

@@ -157,7 +157,7 @@ class TrainerStep(_TrainerToBe):
         """Inside, the world is that of the step: the replica, and in the warm-up all of it."""
         if self._engine is None or self._engine.warming_up:
             return contextlib.nullcontext()
-        return self.accelerator.in_replica(self._engine.peers, self._step_modules)
+        return self.accelerator.in_replica(self._engine.peers, self._step_modules, self.model)
 
     def _hand_over_counts(self) -> None:
         self._input_tokens.hand_over()

@@ -36,7 +36,7 @@ from hf_edit.trainer.decisions import TrainerDecisions
 from hf_edit.trainer.logs import TrainerLogs
 from hf_edit.trainer.progress import GlobalSteps, TrainerProgress
 from hf_edit.trainer.step import TrainerStep
-from hf_edit.trainer.world import ReplicaAccelerator, check_generation, check_sampling
+from hf_edit.trainer.world import ReplicaAccelerator, check_generation
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,6 @@ class EDiTMixin(TrainerCheckpoints, TrainerStep, TrainerData, TrainerDecisions, 
         self._steps, self._conductor = GlobalSteps(), Conductor()
         self._said: set[str] = set()
         super().__init__(*args, **kwargs)
-        check_sampling(self, self.edit_layout)
         self._say_what_trains()
         if self.edit_layout.num_replicas > 1:
             self._driver = _EngineDriver(self)

@@ -133,6 +133,14 @@ class Trained:
             seal(folder, checkpoint.describe(self.training, step, self.config))
         dist.barrier()
 
+    @classmethod
+    def saved(cls, folder: Path, replicas: int, *settings: Any) -> Trained:
+        """After three steps, and so in `folder`."""
+        trained = cls(replicas, *settings)
+        trained.train(0, 3)
+        trained.save(folder)
+        return trained
+
     def load(self, folder: Path) -> None:
         manifest = Manifest.read(folder)
         checkpoint.load_model(folder, self.model, self.peers.inside.group)
@@ -183,9 +191,7 @@ def test_every_rank_gets_its_own_state_back(
     monkeypatch.setattr(Odd, "replica_size", replica_size)
 
     def body(rank: int) -> tuple[list[str], list[str]]:
-        one = Trained(2, inner, outer, bf16)
-        one.train(0, 3)
-        one.save(tmp_path / "saved")
+        one = Trained.saved(tmp_path / "saved", 2, inner, outer, bf16)
         other = Trained(2, inner, outer, bf16)
         other.load(tmp_path / "saved")
         at_once = differing(one.state(), other.state())
@@ -200,12 +206,8 @@ def test_another_number_of_ranks_takes_what_does_not_depend_on_it(tmp_path: Path
     """2 x 2 to 4 x 1 and back: whole parameters' state; one with anything of a rank's own starts anew as a whole."""
 
     def saving(rank: int) -> Any:
-        one = Trained(2, "adam", "adam")
-        one.train(0, 3)
-        one.save(tmp_path / "saved")
-        odd = Trained(2, "odd", "odd")
-        odd.train(0, 3)
-        odd.save(tmp_path / "odd")
+        one = Trained.saved(tmp_path / "saved", 2, "adam", "adam")
+        Trained.saved(tmp_path / "odd", 2, "odd", "odd")
         names = dict(one.model.named_parameters())
         return {n: one.optimizer.state[p]["exp_avg"].full_tensor() for n, p in names.items()}
 
@@ -233,9 +235,7 @@ def test_another_number_of_ranks_takes_what_does_not_depend_on_it(tmp_path: Path
 
 def test_another_outer_rule_is_told_and_takes_what_it_knows(tmp_path: Path, caplog: Any) -> None:
     def body(rank: int) -> None:
-        one = Trained(2, "sgd", "nesterov")
-        one.train(0, 3)
-        one.save(tmp_path / "saved")
+        one = Trained.saved(tmp_path / "saved", 2, "sgd", "nesterov")
         user = Trained(2, "sgd", "sgd-of-the-user")
         user.load(tmp_path / "saved")
         assert not any(s.optimizer.state for s in user.engine.sync.states)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "accelerate_configs"
@@ -29,6 +31,14 @@ def accelerate_launch(
     """
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CONFIGS / config)]
     return run([*launcher, "--main_process_port", str(free_port()), str(script), *arguments], timeout, environment)
+
+
+def launch_scenarios(config: str, script: str, folder: Path, *scenarios: str) -> tuple[dict[str, Any], str]:
+    """Runs `scenarios` of tests/launch/scripts/SCRIPT.py in one launch: what each gave, and the output."""
+    output = accelerate_launch(config, SCRIPTS / f"{script}.py", str(folder), *scenarios)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert list(results) == list(scenarios), output
+    return results, output
 
 
 def torchrun(
@@ -54,6 +64,12 @@ def run(command: list[str], timeout: float, environment: dict[str, str | None]) 
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise AssertionError(f"still running after {timeout} s:\n{output[-8000:]}") from None
-    assert process.returncode == 0, f"exit code {process.returncode}:\n{output[-8000:]}"
+        raise AssertionError(f"still running after {timeout} s:\n{_what_matters(output)}") from None
+    assert process.returncode == 0, f"exit code {process.returncode}:\n{_what_matters(output)}"
     return output
+
+
+def _what_matters(output: str) -> str:
+    """The output's end, and what its ranks raised at the end of all."""
+    raised = [line for line in output.splitlines() if line.startswith("[rank")]
+    return "\n".join([output[-8000:], "-- raised:", *(raised[-60:] or ["nothing"])])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import SCRIPTS, accelerate_launch
+from tests.launch.launching import launch_scenarios
 
 SCENARIOS = [
     "a_slow_replica_keeps_nobody",
@@ -21,19 +20,13 @@ SCENARIOS = [
 ]
 
 
-SCRIPT = SCRIPTS / "by_time.py"
-
-
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
 def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
-    output = accelerate_launch(config, SCRIPT, str(tmp_path), *SCENARIOS)
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert list(results) == SCENARIOS, output
+    launch_scenarios(config, "by_time", tmp_path, *SCENARIOS)
 
 
 def test_a_checkpoint_goes_on_with_another_layout(tmp_path: Path) -> None:
     saved = "a_resumed_run_reads_on_where_each_replica_was"
     resumed = "on_another_layout_it_goes_on_from_the_global_step"
-    accelerate_launch("cpu_4x1.yaml", SCRIPT, str(tmp_path), saved)
-    output = accelerate_launch("cpu_2x2.yaml", SCRIPT, str(tmp_path), resumed)
-    assert list(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))) == [resumed], output
+    launch_scenarios("cpu_4x1.yaml", "by_time", tmp_path, saved)
+    launch_scenarios("cpu_2x2.yaml", "by_time", tmp_path, resumed)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import SCRIPTS, accelerate_launch, run, torchrun
+from tests.launch.launching import SCRIPTS, launch_scenarios, run, torchrun
 
 SCENARIOS = [
     "resumed_runs_are_bit_for_bit",
@@ -28,9 +27,7 @@ SCENARIOS = [
     ],
 )
 def test_the_scenarios_pass(config: str, also: list[str], tmp_path: Path) -> None:
-    output = accelerate_launch(config, SCRIPTS / "checkpoints.py", str(tmp_path), *SCENARIOS, *also)
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert list(results) == [*SCENARIOS, *also], output
+    launch_scenarios(config, "checkpoints", tmp_path, *SCENARIOS, *also)
 
 
 def test_other_numbers_of_replicas_and_shards(tmp_path: Path) -> None:

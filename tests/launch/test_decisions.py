@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import SCRIPTS, accelerate_launch
+from tests.launch.launching import launch_scenarios
 
 SCENARIOS = [
     "a_flag_of_one_rank_at_any_event_ends_in_one_decision",
@@ -18,5 +17,4 @@ SCENARIOS = [
 
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
 def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
-    output = accelerate_launch(config, SCRIPTS / "decisions.py", str(tmp_path), *SCENARIOS)
-    assert list(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))) == SCENARIOS, output
+    launch_scenarios(config, "decisions", tmp_path, *SCENARIOS)

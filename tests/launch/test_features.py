@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import SCRIPTS, accelerate_launch
+from tests.launch.launching import launch_scenarios
 
 SCENARIOS = [
     "features_agree_with_the_plain_trainer",
@@ -24,9 +23,6 @@ SCENARIOS = [
 
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
 def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
-    script = SCRIPTS / "features.py"
-    output = accelerate_launch(config, script, str(tmp_path), *SCENARIOS)
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert list(results) == SCENARIOS, output
+    results, _ = launch_scenarios(config, "features", tmp_path, *SCENARIOS)
     left_out = [name for name, result in results.items() if "not here" in result]
     assert left_out == ([] if config == "cpu_4x1.yaml" else SCENARIOS[2:5]), results

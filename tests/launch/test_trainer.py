@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import CONFIGS, SCRIPTS, accelerate_launch, torchrun
+from tests.launch.launching import CONFIGS, SCRIPTS, launch_scenarios, torchrun
 
-SCRIPT = SCRIPTS / "scenarios.py"
 SCENARIOS = [
     "simulation_adamw",
     "gradients_are_clipped_in_the_replica",
@@ -40,9 +38,7 @@ KEYS = {
 
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
 def test_the_scenarios_pass(config: str, tmp_path: Path) -> None:
-    output = accelerate_launch(config, SCRIPT, str(tmp_path), *SCENARIOS)
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert list(results) == SCENARIOS, output
+    results, output = launch_scenarios(config, "scenarios", tmp_path, *SCENARIOS)
     assert set(results["logs"]["keys"]) >= KEYS
     assert results["logs"]["inner_steps"] == [4, 4, 1]
     assert {cut: list(units) for cut, units in results["units_are_cut_alike"].items()} == UNITS

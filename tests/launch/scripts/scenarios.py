@@ -359,10 +359,11 @@ def training_twice_and_called_in_between() -> dict[str, Any]:
 def main(scenarios: dict[str, Any]) -> None:
     results = {}
     for name in sys.argv[2:]:
+        began = time.monotonic()
         results[name] = scenarios[name]()
         dist.barrier()
         if dist.get_rank() == 0:
-            print(f"passed: {name}", flush=True)
+            print(f"passed: {name} ({time.monotonic() - began:.0f} s)", flush=True)
     if dist.get_rank() == 0:
         (FOLDER / "results.json").write_text(json.dumps(results), encoding="utf-8")
 

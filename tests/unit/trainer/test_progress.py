@@ -37,6 +37,21 @@ def test_it_stands_at_the_global_step() -> None:
     assert learning_rates == [0.5**2, 0.5**4, 0.5**5, 0.5**5]
 
 
+def test_it_catches_up_with_steps_of_the_others() -> None:
+    progress = GlobalProgress(replica=0)  # nothing is known of the others
+    follower = FollowProgress(scheduler(), progress, last=5)
+    follower.step()
+    progress.take_step()
+    progress.hand_over()
+    progress.confirm([1.0, 5.0])  # they were faster: the global step is 3
+    follower.go_to(3)
+    assert follower.get_last_lr() == [0.5**3]
+    follower.go_to(2)
+    assert follower.get_last_lr() == [0.5**3]
+    follower.go_to(9)
+    assert follower.get_last_lr() == [0.5**5]
+
+
 @pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
 def test_it_can_be_copied(clone: Callable[[Any], Any]) -> None:
     follower = FollowProgress(scheduler(), GlobalProgress(replica=0), last=5)

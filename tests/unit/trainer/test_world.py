@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from inspect import signature
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers.generation.utils import GenerationMixin
 
 from hf_edit.peers.layout import Layout
 from hf_edit.trainer.step import num_targets
-from hf_edit.trainer.world import COLLECTIVES, ReplicaAccelerator, check_generation, check_sampling, modules_of
+from hf_edit.trainer.world import COLLECTIVES, ReplicaAccelerator, ReplicaWorld, check_generation, modules_of
 
 PEERS: Any = SimpleNamespace(
     layout=Layout.split(4, 2, 3),
@@ -160,22 +162,25 @@ def test_what_generation_needs(changed: dict[str, Any], warmup: int, world: int,
         check_generation(arguments, layout, warmup)
 
 
-@pytest.mark.parametrize(
-    ("least", "most", "world", "text"),
-    [
-        (None, 8, 4, "min_new_tokens=None ... max_new_tokens=8. Set .*'min_new_tokens': 8.*num_replicas=4"),
-        (8, 8, 4, None),
-        (None, 8, 2, None),  # replicas of one rank
-    ],
-)
-def test_ranks_that_shard_a_model_sample_as_many_tokens(
-    least: int | None, most: int, world: int, text: str | None
-) -> None:
-    trainer = SimpleNamespace(generation_config=SimpleNamespace(min_new_tokens=least, max_new_tokens=most))
-    layout = Layout.split(world, 2, 0)
-    if text is not None:
-        with pytest.raises(ValueError, match=text):
-            check_sampling(trainer, layout)
-        trainer.rollout_func = print
-    check_sampling(trainer, layout)
-    check_sampling(SimpleNamespace(), layout)
+def test_generation_asks_the_ranks_of_the_replica() -> None:
+    private = GenerationMixin._has_unfinished_sequences
+    shown = ReplicaWorld.has_unfinished_sequences
+    assert [*signature(shown).parameters] == [*signature(private).parameters], "transformers has changed it"
+    left_elsewhere, asked = [1.0, 1.0, 0.0], []
+
+    def add(mine: Tensor) -> Tensor:
+        asked.append(float(mine))
+        return mine + left_elsewhere[len(asked) - 1]
+
+    peers: Any = SimpleNamespace(layout=PEERS.layout, inside=SimpleNamespace(sum=add))
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0))
+    prompt = torch.ones(1, 2, dtype=torch.long)
+    ends = dict(eos_token_id=[*range(8)], do_sample=False, max_new_tokens=6)  # whatever comes first
+    wrapped = nn.ModuleDict({"model": model})
+    with ours().in_replica(peers, model=wrapped):
+        answer = model.generate(prompt, **ends, synced_gpus=True)
+    assert answer.shape == (1, 3), "its answer ended with one token"
+    assert asked == [1.0, 0.0, 0.0], "while another rank has more to generate it takes part"
+    assert "_has_unfinished_sequences" not in vars(model)
