@@ -128,7 +128,9 @@ class ReplicaAccelerator(Accelerator):
         imported = _imported_collectives(modules)
         for module, name, function in imported:
             setattr(module, name, getattr(self._world, function.__name__))
-        generators = [part for part in model.modules() if isinstance(part, GenerationMixin)] if model else []
+        generators = (
+            [part for part in model.modules() if isinstance(part, GenerationMixin)] if model is not None else []
+        )
         for part in generators:
             # Private in transformers 5.24, which takes no group. An attribute of this one model, for this one step;
             # tests/unit/trainer/test_world.py fails when it moves.
