@@ -22,7 +22,7 @@ from lib.cpu_quota import CpuQuota
 
 HERE = Path(__file__).resolve().parent
 TICK_SECONDS = 0.05
-SEGMENT_BYTES = 1448  # of a full TCP segment with timestamps on an Ethernet with 1500 bytes a frame
+SENT = "/sys/class/net/eth0/statistics/tx_bytes"
 
 
 def unavailable(delay: bool = False) -> str | None:
@@ -160,19 +160,7 @@ class Hosts:
 
     def bytes_sent(self) -> list[int]:
         """What each host has sent to the others so far."""
-        return [int(self._read(name, "/sys/class/net/eth0/statistics/tx_bytes")) for name in self.names]
-
-    def bytes_resent(self) -> list[int]:
-        """How much of `bytes_sent` TCP sent again, because a segment was lost or came late; none of it is new."""
-        resent = []
-        for name in self.names:
-            tcp = [line.split() for line in self._read(name, "/proc/net/snmp").splitlines() if line.startswith("Tcp:")]
-            resent.append(SEGMENT_BYTES * int(dict(zip(*tcp, strict=True))["RetransSegs"]))
-        return resent
-
-    @staticmethod
-    def _read(name: str, path: str) -> str:
-        return command("ip", "netns", "exec", name, "cat", path)
+        return [int(command("ip", "netns", "exec", name, "cat", SENT)) for name in self.names]
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -247,6 +235,17 @@ class Hosts:
                 process.wait()
         codes = [process.returncode for process in processes]
         return f"exit codes by host: {codes}" if any(codes) else None
+
+
+def sent_from_here() -> int:
+    """What the host of this process has sent to the others so far, without what TCP sent again where a segment was lost
+    or came late; of connections that are open."""
+    resent = 0
+    for line in command("ss", "--tcp", "--numeric", "--info", "--oneline", "--no-header").splitlines():
+        _, _, _, own, peer, *facts = line.split()
+        if own.rpartition(":")[0] != peer.rpartition(":")[0]:  # else it never left the host
+            resent += sum(int(fact.partition(":")[2]) for fact in facts if fact.startswith("bytes_retrans:"))
+    return int(Path(SENT).read_text(encoding="utf-8")) - resent
 
 
 def _signal_all_in(name: str, number: signal.Signals) -> int:

@@ -1,4 +1,7 @@
-"""One rank of traffic.py: trains a Llama on random tokens. Arguments: report, size, steps, trigger, busy."""
+"""One rank of traffic.py: trains a Llama on random tokens. Arguments: folder, steps, trigger, busy.
+
+The first rank of each host writes FOLDER/HOST.json.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,39 @@ import json
 import os
 import sys
 import tempfile
+from pathlib import Path
+from typing import Any
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from lib.hosts import sent_from_here
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from hf_edit import EDiTTrainer
 
-SIZES = {
-    "small": dict(vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2),
-    "large": dict(vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4),
-}
+SIZES = dict(vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+
+
+class Count(TrainerCallback):
+    """`sent` by this host up to each of its steps' ends, and the training's."""
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.sent.append(sent_from_here())
+
+    on_train_end = on_step_end
 
 
 def main() -> None:
-    path, size = sys.argv[1:3]
-    steps, trigger, busy = map(json.loads, sys.argv[3:])
+    folder = sys.argv[1]
+    steps, trigger, busy = map(json.loads, sys.argv[2:])
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES[size]))
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
     parameter_bytes = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    tokens = torch.randint(0, SIZES[size]["vocab_size"], (512, 16), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, SIZES["vocab_size"], (512, 16), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     args = TrainingArguments(
         output_dir=os.path.join(tempfile.gettempdir(), "hf_edit-traffic-" + os.environ["MASTER_PORT"]),  # of all ranks
@@ -46,17 +61,20 @@ def main() -> None:
         disable_tqdm=True,
     )
     config = {"num_replicas": 2, **trigger}
-    trainer = EDiTTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:8], edit_config=config)
+    count = Count()
+    trainer = EDiTTrainer(
+        model=model, args=args, train_dataset=rows, eval_dataset=rows[:8], edit_config=config, callbacks=[count]
+    )
     trainer.train()
-    if trainer.is_world_process_zero():
+    if trainer.is_local_process_zero():
         report = {
             "world_size": trainer.accelerator.num_processes,
             "num_replicas": trainer.edit_layout.num_replicas,
             "parameter_bytes": parameter_bytes,
             "syncs": trainer.edit_stats.syncs,
+            "sent": count.sent,
         }
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(report, file)
+        Path(folder, os.environ["GROUP_RANK"] + ".json").write_text(json.dumps(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
