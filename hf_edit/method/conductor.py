@@ -62,10 +62,10 @@ class Conductor:
     >>> conductor = Conductor()
     >>> conductor.arrive(Point())
     >>> conductor.request({"save"})
-    >>> conductor.next(Point()).name      # between two syncs
+    >>> conductor.next(Point()).name  # between two syncs
     'go on'
     >>> conductor.arrive(Point())
-    >>> conductor.receive({"save"})          # a sync was carried out behind this step
+    >>> conductor.receive({"save"})  # a sync was carried out behind this step
     >>> [conductor.next(Point(equal=True)).name for _ in range(2)]
     ['flush', 'act']
     """

@@ -198,7 +198,8 @@ class TrainerCheckpoints(_TrainerToBe):
                 start(folder)
             self._get_peers().barrier()  # nobody writes into it before
         super()._save_checkpoint(model, trial)
-        if not self.args.save_only_model and self._writes_shared():
+        # With save_total_limit, and folders of another run there that look newer, the Trainer deletes it at once.
+        if not self.args.save_only_model and self._writes_shared() and folder.exists():
             sync_to_disk(folder / "trainer_state.json")  # the older checkpoints may be gone
             sync_to_disk(folder)
 

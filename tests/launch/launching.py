@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,47 +32,123 @@ def accelerate_launch(
 
     An environment variable that is None is unset.
     """
-    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CONFIGS / config)]
-    return run([*launcher, "--main_process_port", str(free_port()), str(script), *arguments], timeout, environment)
+    return run([*launcher(config), str(script), *arguments], timeout, environment)
 
 
-def launch_scenarios(config: str, script: str, folder: Path, *scenarios: str) -> tuple[dict[str, Any], str]:
-    """Runs `scenarios` of tests/launch/scripts/SCRIPT.py in one launch: what each gave, and the output."""
-    output = accelerate_launch(config, SCRIPTS / f"{script}.py", str(folder), *scenarios)
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert list(results) == list(scenarios), output
-    return results, output
+def launcher(config: str) -> list[str]:
+    words = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CONFIGS / config)]
+    return [*words, "--main_process_port", str(free_port())]
 
 
 def torchrun(
     num_processes: int, script: Path, *arguments: str, timeout: float = 900.0, **environment: str | None
 ) -> str:
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={free_port()}"]
-    return run([*launcher, str(script), *arguments], timeout, environment)
+    words = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={free_port()}"]
+    return run([*words, str(script), *arguments], timeout, environment)
 
 
 def run(command: list[str], timeout: float, environment: dict[str, str | None]) -> str:
-    merged = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={name: value for name, value in merged.items() if value is not None},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(command, subprocess.PIPE, environment)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        end(process)
         output, _ = process.communicate()
         raise AssertionError(f"still running after {timeout} s:\n{_what_matters(output)}") from None
     assert process.returncode == 0, f"exit code {process.returncode}:\n{_what_matters(output)}"
     return output
 
 
+def start(command: list[str], output: Any, environment: dict[str, str | None]) -> subprocess.Popen[str]:
+    merged = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={name: value for name, value in merged.items() if value is not None},
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """The launcher and its ranks."""
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+# -- one launch for many tests -----------------------------------------------------------------------------------------
+
+
+def launch_scenarios(
+    config: str, script: str, folder: Path, *scenarios: str, timeout: float = 900.0
+) -> tuple[dict[str, Any], str]:
+    """Runs `scenarios` of tests/launch/scripts/SCRIPT.py under `config`: what each gave, and the output.
+
+    In a launch that all tests of this configuration share: to start one takes longer than most of them.
+    """
+    if config not in _SHARED:
+        _SHARED[config] = SharedLaunch(config)
+    try:
+        output = _SHARED[config].run({"script": script, "scenarios": scenarios, "folder": str(folder)}, timeout)
+    except AssertionError:
+        _SHARED.pop(config).close()
+        raise
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert list(results) == list(scenarios), output
+    print("\n".join(line for line in output.splitlines() if line.startswith("passed: ")))
+    return results, output
+
+
+class SharedLaunch:
+    """See tests/launch/scripts/serve.py."""
+
+    def __init__(self, config: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._jobs = Path(self._folder.name)
+        self._log = self._jobs / "output"
+        self._count = 0
+        words = ["-m", "tests.launch.scripts.serve", str(self._jobs), str(os.getpid())]
+        with self._log.open("w") as log:
+            self._process = start([*launcher(config), *words], log, {})
+        atexit.register(self.close)
+
+    def run(self, job: dict[str, Any], timeout: float) -> str:
+        """Its output."""
+        begins, deadline = self._log.stat().st_size, time.monotonic() + timeout
+        path = self._jobs / f"{self._count}.json"
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(job), encoding="utf-8")
+        draft.rename(path)
+        self._count += 1
+        while not path.with_suffix(".done").exists():
+            code = self._process.poll()
+            if code is not None or time.monotonic() > deadline:
+                why = f"still running after {timeout} s" if code is None else f"exit code {code}"
+                raise AssertionError(f"{why}:\n{_what_matters(self._output(begins))}")
+            time.sleep(0.1)
+        return self._output(begins)
+
+    def _output(self, begins: int) -> str:
+        with self._log.open(encoding="utf-8", errors="replace") as log:
+            log.seek(begins)
+            return log.read()
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        if self._process.poll() is None:
+            end(self._process)
+        self._process.wait()
+        self._folder.cleanup()
+
+
+_SHARED: dict[str, SharedLaunch] = {}
+
+
 def _what_matters(output: str) -> str:
-    """The output's end, and what its ranks raised at the end of all."""
-    raised = [line for line in output.splitlines() if line.startswith("[rank")]
-    return "\n".join([output[-8000:], "-- raised:", *(raised[-60:] or ["nothing"])])
+    """The output's end, and that of what each rank raised: one is the cause, the others miss it."""
+    raised: dict[str, list[str]] = {}
+    for line in output.splitlines():
+        if line.startswith("[rank"):
+            raised.setdefault(line.partition("]")[0], []).append(line)
+    return "\n".join([output[-6000:], *(line for lines in raised.values() for line in ["--", *lines[-16:]])])

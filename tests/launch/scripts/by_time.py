@@ -17,7 +17,7 @@ from transformers import DefaultFlowCallback, TrainerCallback
 from hf_edit import EDiTConfig, EDiTTrainer
 from hf_edit.checkpoint.manifest import MARK
 from hf_edit.sync.units import find_units
-from tests.launch.scripts.scenarios import FOLDER, main, make_args, make_model, make_rows
+from tests.launch.scripts.scenarios import FOLDER, make_args, make_model, make_rows
 
 BY_TIME = EDiTConfig(sync_seconds=0.4, edit_warmup_steps=2)
 DELAYED = EDiTConfig(sync_seconds=0.4, overlap="delayed", delay_steps=2)
@@ -271,7 +271,3 @@ def a_callback_that_evaluates_is_refused() -> dict[str, Any]:
         trainer.train()
     dist.barrier()
     return {}
-
-
-if __name__ == "__main__":
-    main(globals())

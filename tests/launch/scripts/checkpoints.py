@@ -20,7 +20,7 @@ from transformers import EarlyStoppingCallback, LlamaConfig, LlamaForCausalLM, T
 
 from hf_edit import EDiTConfig, EDiTTrainer
 from hf_edit.checkpoint.outer import outer_tensors
-from tests.launch.scripts.scenarios import FOLDER, VOCABULARY, main, make_args, make_rows
+from tests.launch.scripts.scenarios import FOLDER, VOCABULARY, forget_trainings, make_args, make_rows
 
 STEPS = 12
 
@@ -58,7 +58,10 @@ def run(
     name: str, resume: Any = None, config: Any = None, steps: int = STEPS, model: Any = None, callbacks: Any = (),
     trainer: Any = EDiTTrainer, data: Any = None, **settings: Any,
 ) -> Any:  # fmt: skip
-    """A finished trainer, with its Snapshot as `.end`; five batches a rank make an epoch of 3 steps, the last short."""
+    """A finished trainer, with its Snapshot as `.end`; five batches a rank make an epoch of 3 steps, the last short.
+
+    Of those before, nothing but that and the logs can be used any more."""
+    forget_trainings()
     snapshot = Snapshot()
     world = int(os.environ["WORLD_SIZE"])
     defaults = dict(
@@ -245,6 +248,10 @@ def limits_and_the_best_model() -> dict[str, Any]:
     """save_total_limit, save_only_model, save_strategy best and epoch, load_best_model_at_end, early stopping."""
     run("limit", save_total_limit=2)
     assert saved_steps("limit") == [11, 12]
+    (FOLDER / "reused" / "checkpoint-99").mkdir(parents=True, exist_ok=True)  # of another run, whose clock was ahead
+    os.utime(FOLDER / "reused" / "checkpoint-99", (2**32, 2**32))
+    run("reused", save_total_limit=1)
+    assert saved_steps("reused") == [99], "the Trainer keeps what looks newest"
     run("bare", save_only_model=True)
     assert not (FOLDER / "bare" / "checkpoint-12" / "edit").exists()
     run("epochs", save_strategy="epoch")  # epochs end at 3, 6, 9, 12; syncs at 5, 8, 11
@@ -304,7 +311,3 @@ def environment(**settings: str) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-
-
-if __name__ == "__main__":
-    main(globals())

@@ -13,7 +13,7 @@ from hf_edit import EDiTConfig
 from hf_edit.checkpoint.manifest import problem
 from tests.launch.scripts.features import run
 from tests.launch.scripts.labels import batches_without_labels_teach_nothing  # noqa: F401
-from tests.launch.scripts.scenarios import FOLDER, main, make_rows
+from tests.launch.scripts.scenarios import FOLDER, make_rows
 
 EVENTS = [
     "on_train_begin", "on_epoch_begin", "on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step",
@@ -62,7 +62,7 @@ def a_flag_of_one_rank_at_any_event_ends_in_one_decision() -> dict[str, Any]:
             None, config=EDiTConfig(sync_timeout_seconds=60, **settings), late_callbacks=[callback] if late else [],
             callbacks=[] if late else [callback], rows=make_rows(6 * 2 * 2 * 4), max_steps=150, logging_steps=5,
             gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=12, save_strategy="steps", save_steps=12,
-            save_total_limit=1, output_dir=str(FOLDER / "flags"),
+            save_total_limit=1, output_dir=str(FOLDER / f"flags-{number}"),
         )  # fmt: skip
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (trainer.state.global_step, callback.done))
@@ -115,7 +115,3 @@ def sigterm_saves_one_step_with_all() -> dict[str, Any]:
         assert problem(saved[0]) is None
         found.append(everyone)
     return {"steps": found}
-
-
-if __name__ == "__main__":
-    main(globals())

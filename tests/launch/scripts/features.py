@@ -26,7 +26,16 @@ from transformers import (
 from hf_edit import EDiTConfig, EDiTTrainer
 from hf_edit.sync.units import is_compiled, local_part, named_tensors
 from hf_edit.trainer.progress import FollowProgress
-from tests.launch.scripts.scenarios import BATCH, FOLDER, VOCABULARY, main, make_args, make_model, make_rows, parameters
+from tests.launch.scripts.scenarios import (
+    BATCH,
+    FOLDER,
+    VOCABULARY,
+    forget_trainings,
+    make_args,
+    make_model,
+    make_rows,
+    parameters,
+)
 
 ONE_BIG_BATCH = dict(sync_interval=1, outer_optimizer="none", weighting="uniform", max_pseudo_grad_norm=None)
 STEPS = 6
@@ -122,6 +131,7 @@ def features_agree_with_the_plain_trainer() -> dict[str, Any]:
     """One replica is a plain Trainer (FSDP2 or DDP over all ranks); several must come to the same."""
     found = {}
     for name, settings in FEATURES.items():
+        forget_trainings()
         plain, edit = run(1, **settings), run(None, **settings)
         assert plain.edit_layout.num_replicas == 1
         assert edit.edit_layout.num_replicas > 1
@@ -394,7 +404,3 @@ def assert_replicas_equal(trainer: Any) -> None:
         dist.all_gather_object(everyone, mine.numpy().tobytes())
         size = trainer.edit_layout.replica_size
         assert all(everyone[rank] == everyone[rank % size] for rank in range(len(everyone))), name
-
-
-if __name__ == "__main__":
-    main(globals())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ def refused(kind: type[Exception], body: Any, text: str) -> None:
 
 
 if __name__ == "__main__":
+    os.chdir(sys.argv[1])
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     for replicas in (2, 4):
         config = EDiTConfig(num_replicas=replicas, sync_interval=4, warmup_steps=2)

@@ -20,7 +20,7 @@ from trl import SFTConfig
 from hf_edit import EDiTConfig, EDiTMixin
 from hf_edit.sync.units import named_tensors
 from tests.launch.scripts.features import assert_replicas_equal, losses, run
-from tests.launch.scripts.scenarios import FOLDER, LENGTH, VOCABULARY, main, make_args, make_model, parameters
+from tests.launch.scripts.scenarios import FOLDER, LENGTH, VOCABULARY, make_args, make_model, parameters
 from tests.launch.scripts.trl_trainers import (  # noqa: F401
     EDiTSFT,
     sampling_by_time_with_a_slow_replica,
@@ -139,7 +139,3 @@ def sequence_to_sequence() -> dict[str, Any]:
     evaluated = losses(trainer, "eval_loss")
     assert evaluated[-1] < evaluated[0], evaluated
     return {"eval_loss": evaluated}
-
-
-if __name__ == "__main__":
-    main(globals())

@@ -17,7 +17,7 @@ from transformers import default_data_collator
 from hf_edit import EDiT, EDiTConfig
 from hf_edit.sync.units import local_part, named_tensors
 from tests.launch.scripts.features import Blocks
-from tests.launch.scripts.scenarios import BATCH, FOLDER, distance, expected, main, make_model, make_rows
+from tests.launch.scripts.scenarios import BATCH, FOLDER, distance, expected, make_model, make_rows
 
 
 class Loop:
@@ -270,7 +270,3 @@ def what_a_loop_refuses() -> dict[str, Any]:
     with pytest.raises(ValueError, match=r"accelerator\.prepare"):
         EDiT(loop.accelerator, make_model(), loop.optimizer, config)
     return {}
-
-
-if __name__ == "__main__":
-    main(globals())

@@ -103,6 +103,7 @@ def run(name: str, replicas: int, source: str) -> Any:
 
 
 if __name__ == "__main__":
+    os.chdir(sys.argv[1])
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     for item in sys.argv[2:]:
         name, replicas, source = item.split(":")

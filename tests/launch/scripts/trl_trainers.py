@@ -37,7 +37,7 @@ from trl import (
 
 from hf_edit import EDiTConfig, EDiTMixin
 from tests.launch.scripts.features import ONE_BIG_BATCH, assert_replicas_equal
-from tests.launch.scripts.scenarios import FOLDER, distance, make_model, parameters
+from tests.launch.scripts.scenarios import FOLDER, distance, forget_trainings, make_model, parameters
 
 PROMPTS, ANSWER_TOKENS = 64, 4
 
@@ -189,6 +189,7 @@ def trl_trainers_agree_with_plain_ones() -> dict[str, Any]:
     found = {}
     for name, (kind, config_kind, settings) in TRAINERS.items():
         trained = []
+        forget_trainings()
         for replicas in (1, None):
             trainer = make(kind, config_kind, EDiTConfig(**ONE_BIG_BATCH, num_replicas=replicas), **settings)
             begun = parameters(trainer)
