@@ -34,7 +34,7 @@ def forget_trainings() -> None:
     that looks around 100 times a second (gloo in torch 2.13): after 25 trainings of 4 ranks they took a whole core."""
     if not dist.is_initialized():
         return
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     gc.collect()
     dist.barrier()
