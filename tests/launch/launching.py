@@ -1,4 +1,7 @@
-"""Starts training scripts as a user would."""
+"""Starts training scripts as a user would.
+
+python -m tests.launch.launching cpu_2x2 features NAME ...    # scenarios of tests/launch/scripts/features.py
+"""
 
 from __future__ import annotations
 
@@ -152,3 +155,7 @@ def _what_matters(output: str) -> str:
         if line.startswith("[rank"):
             raised.setdefault(line.partition("]")[0], []).append(line)
     return "\n".join([output[-6000:], *(line for lines in raised.values() for line in ["--", *lines[-16:]])])
+
+
+if __name__ == "__main__":
+    launch_scenarios(f"{sys.argv[1]}.yaml", sys.argv[2], Path(tempfile.mkdtemp()), *sys.argv[3:])
