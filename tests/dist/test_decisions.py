@@ -18,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 from hf_edit.method.conductor import Conductor
 from hf_edit.telemetry.logs import EDiTStats
 from hf_edit.trainer.decisions import TrainerDecisions
-from hf_edit.trainer.progress import GlobalSteps, TrainerProgress
+from hf_edit.trainer.progress import FollowProgress, GlobalSteps, TrainerProgress
 from tests.dist.test_by_time import Replica
 from tests.dist.threads import run_ranks
 
@@ -57,6 +57,8 @@ class ByHand(TrainerDecisions, TrainerProgress, PlainLoop):
             setattr(self.state, name, value)
         if "eval_steps" in settings:
             self.args.eval_strategy = IntervalStrategy.STEPS
+        scheduler = torch.optim.lr_scheduler.LambdaLR(replica.optimizer, lambda step: 1.0)
+        self.lr_scheduler = FollowProgress(scheduler, self._engine.progress, self.state.max_steps)
         self.control = TrainerControl()
         self.evaluated: list[int] = []
         self._engine._last_step = self.state.max_steps if by_time else None
@@ -78,6 +80,7 @@ class ByHand(TrainerDecisions, TrainerProgress, PlainLoop):
             replica.model.module.p.grad = torch.tensor([replica.gradient])
             replica.engine.before_optimizer_step()
             replica.optimizer.step()
+            self.lr_scheduler.step()
             self._before_the_trainer_counts()
             self.state.global_step += 1
             if not self._steps.by_time:
@@ -92,6 +95,8 @@ class ByHand(TrainerDecisions, TrainerProgress, PlainLoop):
 
     def told(self) -> dict[str, Any]:
         assert self._engine.replicas_equal
+        if self._steps.by_time:
+            assert self.lr_scheduler.last_epoch == self.state.global_step
         return {
             "global step": self.state.global_step,
             "evaluated": self.evaluated,
