@@ -51,27 +51,40 @@ def small(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
-def test_pretrain_reads_files(suffix: str, tmp_path: Path) -> None:
+def write_corpus(path: Path) -> list[str]:
+    """The documents, in a column called "body" where there are columns."""
     documents = [f"Document {i} says {' '.join(str(i * j) for j in range(200))}." for i in range(40)]
-    path = tmp_path / f"corpus{suffix}"
-    if suffix == ".txt":
+    if path.suffix == ".txt":
         path.write_text("\n\n".join(documents), encoding="utf-8")
-    elif suffix == ".jsonl":
+    elif path.suffix == ".jsonl":
         path.write_text("\n".join(json.dumps({"body": text}) for text in documents), encoding="utf-8")
     else:
         import datasets
 
         datasets.Dataset.from_dict({"body": documents}).to_parquet(path)
-    column = [] if suffix == ".txt" else ["--text_column", "body"]
-    arguments = ["--train_file", str(path), *column, *small(tmp_path / "out")]
-    if suffix == ".jsonl":
-        arguments += ["--report_to", "wandb"]
-        output = accelerate_launch("cpu_2x2.yaml", PRETRAIN, *arguments, WANDB_DIR=str(tmp_path), WANDB_MODE=None)
-        assert output.count("No W&B login was found: logging offline") == 1
-        assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb")), "W&B got nothing"
-    else:
-        output = accelerate_launch("cpu_4x1.yaml", PRETRAIN, *arguments)
+    return documents
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_files_are_read(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+    from common import TextArguments, language_reference, load_text
+
+    path = tmp_path / f"corpus{suffix}"
+    documents = write_corpus(path)
+    script = TextArguments(train_file=str(path), text_column="text" if suffix == ".txt" else "body")
+    assert [text.strip() for text in load_text(script, language_reference)["text"]] == documents
+
+
+def test_pretrain_reads_a_file_and_reports(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    write_corpus(path)
+    output = accelerate_launch(
+        "cpu_4x1.yaml", PRETRAIN, "--train_file", str(path), "--text_column", "body", *small(tmp_path / "out"),
+        "--report_to", "wandb", WANDB_DIR=str(tmp_path), WANDB_MODE=None,
+    )  # fmt: skip
+    assert output.count("No W&B login was found: logging offline") == 1
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb")), "W&B got nothing"
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert summary["inner_steps"] == 5
     assert summary["syncs"] == 3
