@@ -63,7 +63,7 @@ def measure(per_host: int, busy: bool, by_time: bool = False) -> dict[str, objec
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row for each pair of runs, of the newest measurement."""
+    """Markdown: what each host sent, of the newest measurement."""
     run = results["runs"][-1]
     labels = {"bytes_of_20_inner_steps": "20 inner steps", "bytes_of_one_sync": "one sync"}
     rows = [[label, *(f"{number:,} bytes" for number in run[name])] for name, label in labels.items()]

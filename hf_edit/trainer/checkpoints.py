@@ -198,8 +198,12 @@ class TrainerCheckpoints(_TrainerToBe):
                 start(folder)
             self._get_peers().barrier()  # nobody writes into it before
         super()._save_checkpoint(model, trial)
-        # With save_total_limit, and folders of another run there that look newer, the Trainer deletes it at once.
-        if not self.args.save_only_model and self._writes_shared() and folder.exists():
+        if not folder.exists():
+            self._say_once(
+                f"save_total_limit={self.args.save_total_limit} has deleted {folder}, which was just saved: other "
+                "checkpoints in output_dir look newer to the Trainer. Remove them, or set another output_dir."
+            )
+        elif not self.args.save_only_model and self._writes_shared():
             sync_to_disk(folder / "trainer_state.json")  # the older checkpoints may be gone
             sync_to_disk(folder)
 

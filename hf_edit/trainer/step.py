@@ -20,7 +20,7 @@ from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.logs import GlobalCount
 from hf_edit.trainer.progress import GlobalSteps
-from hf_edit.trainer.world import modules_of
+from hf_edit.trainer.world import generators_of, modules_of
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
@@ -34,7 +34,7 @@ class TrainerStep(_TrainerToBe):
     _steps: GlobalSteps
 
     def _start_counts(self) -> None:
-        self._step_modules = modules_of(self)
+        self._step_modules, self._generators = modules_of(self), generators_of(self.model)
         self._unlabelled: list[Any] = []  # batches of the step under way that have no label on this rank
         self._saw_step = self._batch_size_agreed = False
         self._input_tokens = GlobalCount(self.edit_layout.num_replicas, self.state.num_input_tokens_seen)
@@ -157,7 +157,7 @@ class TrainerStep(_TrainerToBe):
         """Inside, the world is that of the step: the replica, and in the warm-up all of it."""
         if self._engine is None or self._engine.warming_up:
             return contextlib.nullcontext()
-        return self.accelerator.in_replica(self._engine.peers, self._step_modules, self.model)
+        return self.accelerator.in_replica(self._engine.peers, self._step_modules, self._generators)
 
     def _hand_over_counts(self) -> None:
         self._input_tokens.hand_over()

@@ -120,17 +120,17 @@ class ReplicaAccelerator(Accelerator):
 
     @contextlib.contextmanager
     def in_replica(
-        self, peers: Peers, modules: Collection[ModuleType] = (), model: nn.Module | None = None
+        self, peers: Peers, modules: Collection[ModuleType] = (), generators: Collection[Any] = ()
     ) -> Iterator[None]:
         """Inside, the world is this rank's replica, also for what `modules` have imported from `accelerate.utils`, and
-        for what `model` generates."""
+        for what the models `generators` generate."""
         outside, self._world = self._world, ReplicaWorld(peers)
         imported = _imported_collectives(modules)
         for module, name, function in imported:
             setattr(module, name, getattr(self._world, function.__name__))
-        generators = (
-            [part for part in model.modules() if isinstance(part, GenerationMixin)] if model is not None else []
-        )
+        generators = [
+            part for part in generators if "_has_unfinished_sequences" not in vars(part)
+        ]  # else a scope around
         for part in generators:
             # Private in transformers 5.24, which takes no group. An attribute of this one model, for this one step;
             # tests/unit/trainer/test_world.py fails when it moves.
@@ -202,6 +202,11 @@ def modules_of(trainer: Any) -> frozenset[ModuleType]:
     names = {cls.__module__ for cls in type(trainer).__mro__}
     names.add(getattr(getattr(trainer, "compute_loss_func", None), "__module__", None) or "builtins")
     return frozenset(sys.modules[name] for name in names if name.partition(".")[0] not in LEFT_ALONE)
+
+
+def generators_of(model: nn.Module) -> list[Any]:
+    """`model`, or what it wraps, where that has transformers' `generate`."""
+    return [part for part in model.modules() if isinstance(part, GenerationMixin)]
 
 
 def _imported_collectives(modules: Collection[ModuleType]) -> list[tuple[ModuleType, str, Any]]:

@@ -6,6 +6,7 @@ python -m tests.launch.launching cpu_2x2 features NAME ...    # scenarios of tes
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -55,8 +56,7 @@ def run(command: list[str], timeout: float, environment: dict[str, str | None]) 
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        end(process)
-        output, _ = process.communicate()
+        output = end(process)
         raise AssertionError(f"still running after {timeout} s:\n{_what_matters(output)}") from None
     assert process.returncode == 0, f"exit code {process.returncode}:\n{_what_matters(output)}"
     return output
@@ -75,9 +75,14 @@ def start(command: list[str], output: Any, environment: dict[str, str | None]) -
     )
 
 
-def end(process: subprocess.Popen[str]) -> None:
-    """The launcher and its ranks."""
-    os.killpg(process.pid, signal.SIGKILL)
+def end(process: subprocess.Popen[str]) -> str:
+    """Ends a launcher, which ends its ranks: they are sessions of their own, and would outlive it if it were killed."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=45)  # torchrun gives its ranks 30 s
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[0]
 
 
 # -- one launch for many tests -----------------------------------------------------------------------------------------

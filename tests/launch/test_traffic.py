@@ -65,6 +65,6 @@ def test_what_tcp_sends_again_is_not_counted() -> None:
 def test_inner_steps_send_nothing_and_a_sync_the_parameters_once(per_host: int, busy: bool, by_time: bool) -> None:
     figures = measure(per_host, busy, by_time)
     for host in (0, 1):
-        assert figures["bytes_of_20_inner_steps"][host] < 4096, figures
+        assert abs(figures["bytes_of_20_inner_steps"][host]) < 4096, figures
         sent, needed = figures["bytes_of_one_sync"][host], figures["parameter_bytes"]
         assert 0.95 * needed < sent < 1.02 * needed + 65536, figures

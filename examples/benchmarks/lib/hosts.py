@@ -29,8 +29,8 @@ def unavailable(delay: bool = False) -> str | None:
     """Why this machine cannot make hosts (with a `delay` between them), or None if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need Linux and root"
-    if shutil.which("ip") is None or shutil.which("tc") is None:
-        return "`ip` and `tc` are missing (Debian: apt-get install iproute2)"
+    if None in (shutil.which("ip"), shutil.which("tc"), shutil.which("ss")):
+        return "`ip`, `tc` or `ss` is missing (Debian: apt-get install iproute2)"
     if delay and shutil.which("gcc") is None:
         return "a delay needs gcc, to compile delay_switch.c (Debian: apt-get install gcc libc6-dev)"
     probe = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True)

@@ -250,8 +250,11 @@ def limits_and_the_best_model() -> dict[str, Any]:
     assert saved_steps("limit") == [11, 12]
     (FOLDER / "reused" / "checkpoint-99").mkdir(parents=True, exist_ok=True)  # of another run, whose clock was ahead
     os.utime(FOLDER / "reused" / "checkpoint-99", (2**32, 2**32))
-    run("reused", save_total_limit=1)
+    with warnings_of_hf_edit() as said:
+        run("reused", save_total_limit=1)
     assert saved_steps("reused") == [99], "the Trainer keeps what looks newest"
+    if dist.get_rank() == 0:
+        assert any("save_total_limit=1 has deleted" in text for text in said), said
     run("bare", save_only_model=True)
     assert not (FOLDER / "bare" / "checkpoint-12" / "edit").exists()
     run("epochs", save_strategy="epoch")  # epochs end at 3, 6, 9, 12; syncs at 5, 8, 11

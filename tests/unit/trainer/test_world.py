@@ -18,7 +18,14 @@ from transformers.generation.utils import GenerationMixin
 
 from hf_edit.peers.layout import Layout
 from hf_edit.trainer.step import num_targets
-from hf_edit.trainer.world import COLLECTIVES, ReplicaAccelerator, ReplicaWorld, check_generation, modules_of
+from hf_edit.trainer.world import (
+    COLLECTIVES,
+    ReplicaAccelerator,
+    ReplicaWorld,
+    check_generation,
+    generators_of,
+    modules_of,
+)
 
 PEERS: Any = SimpleNamespace(
     layout=Layout.split(4, 2, 3),
@@ -179,7 +186,9 @@ def test_generation_asks_the_ranks_of_the_replica() -> None:
     prompt = torch.ones(1, 2, dtype=torch.long)
     ends = dict(eos_token_id=[*range(8)], do_sample=False, max_new_tokens=6)  # whatever comes first
     wrapped = nn.ModuleDict({"model": model})
-    with ours().in_replica(peers, model=wrapped):
+    with ours().in_replica(peers, generators=generators_of(wrapped)):
+        with ours().in_replica(peers, generators=[model]):
+            pass
         answer = model.generate(prompt, **ends, synced_gpus=True)
     assert answer.shape == (1, 3), "its answer ended with one token"
     assert asked == [1.0, 0.0, 0.0], "while another rank has more to generate it takes part"
