@@ -259,6 +259,8 @@ class TrainerData(_TrainerToBe):
         self._steps.begin_epoch(had_steps=bool(self._position.num_batches))  # a resumed run goes on in an epoch
 
     def _end_epoch(self) -> None:
+        if self._position.must_move:  # the checkpoint was behind the epoch's last step, so that no batch was asked for
+            self._go_to_saved_place(None)
         if not self._conductor.stopping:  # else it may be in the middle of the epoch
             unused = 0 if self._steps.sized else self._position.num_batches % self.args.gradient_accumulation_steps
             self._position.end_epoch(unused)
@@ -268,18 +270,21 @@ class TrainerData(_TrainerToBe):
         if self._engine is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._position.must_move:
-            problem = self._position.move(epoch_iterator)
-            if problem and self.edit_layout.shard == 0:
-                logger.warning(
-                    "EDiT: replica %d goes on with other data than if it had never stopped: %s.",
-                    self.edit_layout.replica, problem,
-                )  # fmt: skip
-            if self._position.num_batches and self._resumed:
-                # Private in transformers 5.24, which would do this after the batches are drawn. The state is that of
-                # the checkpoint's moment: a collator or data set of this process goes on drawing from it.
-                super()._load_rng_state(str(self._resumed[0]))
-                self._is_restored = True
+            self._go_to_saved_place(epoch_iterator)
         return super().get_batch_samples(self._position.watch(epoch_iterator), num_batches, device)
+
+    def _go_to_saved_place(self, epoch_iterator: Any) -> None:
+        problem = self._position.move(epoch_iterator)
+        if problem and self.edit_layout.shard == 0:
+            logger.warning(
+                "EDiT: replica %d goes on with other data than if it had never stopped: %s.",
+                self.edit_layout.replica, problem,
+            )  # fmt: skip
+        if self._position.num_batches and self._resumed:
+            # Private in transformers 5.24, which would do this after the batches are drawn. The state is that of the
+            # checkpoint's moment: a collator or data set of this process goes on drawing from it.
+            super()._load_rng_state(str(self._resumed[0]))
+            self._is_restored = True
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._is_restored:

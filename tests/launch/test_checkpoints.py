@@ -10,6 +10,7 @@ from tests.launch.launching import SCRIPTS, launch_scenarios, run, torchrun
 
 SCENARIOS = [
     "resumed_runs_are_bit_for_bit",
+    "resumed_behind_an_epochs_last_step",
     "a_checkpoint_that_is_not_whole_is_passed_over",
     "another_model_is_refused_another_method_is_told",
     "delayed_syncs_resume_bit_for_bit",

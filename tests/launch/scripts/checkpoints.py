@@ -105,7 +105,7 @@ def assert_same_end(one: Any, other: Any, after: int) -> None:
 
 
 def resumed_runs_are_bit_for_bit() -> dict[str, Any]:
-    """From every checkpoint of a run: in warm-up, at its end, at a pending sync, at a final one, at epoch ends."""
+    """From every checkpoint of a run: in warm-up, at its end, at a pending sync, at a final one."""
     whole = run("whole")
     steps = saved_steps("whole")
     assert steps == [1, 2, 5, 8, 11, 12], steps  # warm-up; then at syncs; then the end
@@ -117,6 +117,21 @@ def resumed_runs_are_bit_for_bit() -> dict[str, Any]:
     blocking = EDiTConfig(sync_interval=3, warmup_steps=2, max_pseudo_grad_norm=0.5, ema_warmup_syncs=1, overlap="none")
     assert_same_end(whole, run("blocking", str(FOLDER / "whole" / "checkpoint-5"), config=blocking), after=5)
     return {"steps": steps}
+
+
+def resumed_behind_an_epochs_last_step() -> dict[str, Any]:
+    """Saved by the step count, before the epoch ends: no batch of it is left, and the next one must begin."""
+    config = EDiTConfig(sync_interval=1, warmup_steps=2, ema_warmup_syncs=1)
+    for kind, accumulation, epoch in (("random", 1, 5), ("random", 2, 3), ("group_by_length", 1, 5)):
+        name = f"ends-{kind}-{accumulation}"
+        settings: dict[str, Any] = dict(config=config, save_steps=epoch, train_sampling_strategy=kind)
+        settings["gradient_accumulation_steps"] = accumulation
+        whole = run(name, **settings)
+        for step in (epoch, 2 * epoch):
+            again = run(f"{name}-{step}", str(FOLDER / name / f"checkpoint-{step}"), **settings)
+            assert again.state.global_step == STEPS, (name, step, again.state.global_step)
+            assert_same_end(whole, again, step)
+    return {}
 
 
 class Stream(IterableDataset):  # type: ignore[type-arg]
