@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu
 import overhead
 import peers
 import slow_network
@@ -48,6 +49,7 @@ def table(name: str) -> str:
         "slow_network": slow_network.table,
         "stragglers": stragglers.table,
         "peers": peers.table,
+        "gpu": gpu.table,
         "traffic": traffic.table,
         "overhead": overhead.table,
         "convergence": lambda results: convergence_report.scenario_table(results, scenario),

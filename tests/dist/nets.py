@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,7 +90,21 @@ def shard(net: Net, layout: Layout) -> nn.Module:
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, as a copy."""
+    if isinstance(tensor, DTensor) and tensor.is_cuda:  # gloo (torch 2.11) dies where full_tensor() gathers on CUDA
+        axis = next(axis for axis, placement in enumerate(tensor.placements) if placement.is_shard())
+        group = tensor.device_mesh.get_group(axis)
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, tensor.to_local().detach().cpu(), group=group)
+        return torch.cat(parts).to(tensor.device)
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def state_on_host(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the whole model, with one rank's names."""
+    if isinstance(model, FSDPModule) and next(model.parameters()).is_cuda:
+        return {name: full(param).cpu() for name, param in model.named_parameters()}
+    state = accelerator.get_state_dict(model)
+    return {name.removeprefix("module."): value.detach().cpu().clone() for name, value in state.items()}
 
 
 @dataclass

@@ -18,7 +18,8 @@ from hf_edit.sync.overlap import Blocking, Forward
 from hf_edit.sync.unit_sync import OuterSync
 from hf_edit.sync.units import find_units
 from tests.dist.nets import Net, batch
-from tests.launch.launching import torchrun
+from tests.launch import test_checkpoints, test_features, test_libraries, test_loop, test_trainer
+from tests.launch.launching import CONFIGS, accelerate_launch, torchrun
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -109,3 +110,35 @@ def test_two_replicas_on_one_gpu_agree_in_every_way(replica_size: int, tmp_path:
     assert told["world_size"] == 2 * replica_size
     assert told["devices"] == ["cuda"]
     assert told["differing"] == {"forward": 0.0, "offload": 0.0, "delayed": 0.0}
+
+
+SCENARIOS = {
+    "scenarios": test_trainer.SCENARIOS,
+    "looping": test_loop.SCENARIOS,
+    "features": test_features.SCENARIOS,
+    "checkpoints": test_checkpoints.SCENARIOS,
+    "libraries": test_libraries.SCENARIOS,
+}
+LEFT_OUT = {  # with FSDP2: they gather a whole model, of which gloo (torch 2.11) dies on CUDA, or cannot do without
+    "saved_models_load_anywhere",
+    "only_adapters_cross_and_are_saved",
+    "limits_and_the_best_model",
+}
+
+
+@pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
+@pytest.mark.parametrize("script", SCENARIOS)
+def test_the_scenarios_pass(script: str, config: str, tmp_path: Path) -> None:
+    """Those of tests/launch, with every rank on this GPU."""
+    if script == "libraries":
+        pytest.importorskip("trl")
+        pytest.importorskip("peft")
+    settings = (CONFIGS / config).read_text(encoding="utf-8")
+    assert settings.count("use_cpu: true") == 1
+    path = tmp_path / config
+    path.write_text(settings.replace("use_cpu: true", "use_cpu: false"), encoding="utf-8")
+    scenarios = Path(__file__).with_name("scenarios.py")
+    left_out = LEFT_OUT if config == "cpu_2x2.yaml" else set()
+    names = [name for name in SCENARIOS[script] if name not in left_out]
+    output = accelerate_launch(str(path), scenarios, str(tmp_path), script, *names)
+    assert output.count("passed: ") == len(names)

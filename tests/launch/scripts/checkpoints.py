@@ -20,7 +20,7 @@ from transformers import EarlyStoppingCallback, LlamaConfig, LlamaForCausalLM, T
 
 from hf_edit import EDiTConfig, EDiTTrainer
 from hf_edit.checkpoint.outer import outer_tensors
-from tests.launch.scripts.scenarios import FOLDER, VOCABULARY, forget_trainings, make_args, make_rows
+from tests.launch.scripts.scenarios import FOLDER, VOCABULARY, forget_trainings, make_args, make_rows, parameters
 
 STEPS = 12
 
@@ -193,7 +193,7 @@ def sharded_checkpoints() -> dict[str, Any]:
         whole.save_model(str(FOLDER / "sharded-model"))
     dist.barrier()
     loaded = LlamaForCausalLM.from_pretrained(FOLDER / "sharded-model").state_dict()
-    mine = whole.accelerator.get_state_dict(whole.model)
+    mine = parameters(whole)
     if dist.get_rank() == 0:
         assert all(torch.equal(mine[name], loaded[name]) for name in loaded)
     return {"best": whole.state.best_global_step}

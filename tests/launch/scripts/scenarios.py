@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests/gpu runs these, too
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_edit import EDiTConfig, EDiTMixin, EDiTTrainer
 from hf_edit.sync.units import find_units
+from tests.dist.nets import state_on_host
 from tests.dist.reference import simulate
 
 FOLDER = Path()  # of the test
 VOCABULARY, LENGTH, BATCH = 64, 12, 2
+TOLERANCE = 1e-4 if torch.cuda.is_available() else 1e-5  # AdamW's first steps enlarge what a GPU rounds otherwise
 
 
 def forget_trainings() -> None:
@@ -72,6 +74,7 @@ def make_args(**settings: Any) -> TrainingArguments:
         output_dir=str(FOLDER / "trainer"), max_steps=9, per_device_train_batch_size=BATCH, learning_rate=1e-2,
         lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, train_sampling_strategy="sequential",
         report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
+        ddp_backend="gloo" if torch.cuda.is_available() else None,  # all ranks share the one GPU of tests/gpu
     )  # fmt: skip
     return TrainingArguments(**{**defaults, **settings})
 
@@ -97,8 +100,7 @@ def train(
 
 
 def parameters(trainer: Any) -> dict[str, Tensor]:
-    state = trainer.accelerator.get_state_dict(trainer.model)
-    return {name: value.detach().clone() for name, value in state.items()}
+    return state_on_host(trainer.accelerator, trainer.model)
 
 
 def expected(
@@ -135,7 +137,7 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in other)
 
 
-def compare(trainer: Any, tolerance: float = 1e-5, **settings: Any) -> dict[str, Any]:
+def compare(trainer: Any, tolerance: float = TOLERANCE, **settings: Any) -> dict[str, Any]:
     mine = parameters(trainer)
     if trainer.is_world_process_zero():
         apart = distance(mine, expected(trainer.edit_layout, **settings))
@@ -245,7 +247,7 @@ def warmup_is_the_plain_trainer() -> dict[str, Any]:
     one_replica = type(trainer.edit_layout)(1, dist.get_world_size(), 0)
     one_step_at_a_time = dict(tau=1000, outer_lr=1.0, outer_momentum=0.0, weighting="uniform", delta=None, clip=None)
     apart = distance(mine, expected(one_replica, steps=9, sgd=True, ragged=True, **one_step_at_a_time))
-    assert apart <= 1e-5, f"relative distance {apart:.2e}"
+    assert apart <= TOLERANCE, f"relative distance {apart:.2e}"
     return {"distance": apart}
 
 

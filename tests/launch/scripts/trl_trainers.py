@@ -145,7 +145,7 @@ def one_output() -> LlamaForSequenceClassification:
 def base_model() -> Any:
     """From a folder, where TRL finds the reference model."""
     folder = FOLDER / "base"
-    with PartialState(cpu=True).main_process_first():
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
         if not folder.exists():
             make_model(vocabulary=len(tokenizer())).save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder)
