@@ -123,12 +123,26 @@ class EDiTConfig:
         "from a collective's start: there a whole sync must fit into it.",
     )
     loss_spike_threshold: float = _knob(
-        6.0, "Standard deviations above the moving mean of the logged loss that count as a loss spike."
+        6.0, "Standard deviations above the moving mean of a replica's loss that make a step's loss a spike."
+    )
+    on_loss_spike: Literal["log", "skip", "rollback", "stop"] = _knob(
+        "log",
+        'What a replica does at a spike: "log" it; "skip" the step; "rollback" to the last sync, and go on behind the '
+        'batch; "stop" the training of all at the next sync. All but "log" wait for each step\'s loss.',
+    )
+    max_consecutive_spikes: int = _knob(
+        3, "Spikes in a row that a replica responds to; then the loss is the new normal, or if not finite all stop."
     )
 
     def __post_init__(self) -> None:
         self._check_triggers()
-        for name in ("num_replicas", "max_consecutive_anomalies", "delay_steps", "units_in_flight"):
+        for name in (
+            "num_replicas",
+            "max_consecutive_anomalies",
+            "max_consecutive_spikes",
+            "delay_steps",
+            "units_in_flight",
+        ):
             value = getattr(self, name)
             if value is not None and not _is_int(value, at_least=1):
                 raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
@@ -243,6 +257,7 @@ _CHOICES = {
     "outer_optimizer": ("nesterov", "sgd", "none"),
     "weighting": ("norm", "relative", "uniform", "steps"),
     "overlap": ("none", "forward", "delayed"),
+    "on_loss_spike": ("log", "skip", "rollback", "stop"),
 }
 _OFF_HINTS = {
     "anomaly_threshold": ", or None to turn the z-test off",

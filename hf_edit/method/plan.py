@@ -16,6 +16,7 @@ from hf_edit.method.penalty import (
     norm_weights,
     relative_weights,
     share_weights,
+    z_score,
 )
 
 
@@ -23,12 +24,13 @@ from hf_edit.method.penalty import (
 class SyncPlan:
     """The decisions about one sync. Host tensors; U units, R replicas.
 
-    `norms`, `weights` [U, R] float64; `anomalous`, `restarted` [U, R] bool. `unchanged` [U] bool: nobody has anything
-    to add; `rolled_back` [U] bool: because of anomalies. `tallies` maps each tally's name to its sum over the ranks of
-    each replica, [R] float64.
+    `norms`, `z`, `weights` [U, R] float64; `anomalous`, `restarted` [U, R] bool. `unchanged` [U] bool: nobody has
+    anything to add; `rolled_back` [U] bool: because of anomalies. `tallies` maps each tally's name to its sum over the
+    ranks of each replica, [R] float64.
     """
 
     norms: Tensor
+    z: Tensor
     weights: Tensor
     anomalous: Tensor
     restarted: Tensor
@@ -77,12 +79,16 @@ def make_plan(
         weights = share_weights(steps if config.weighting == "steps" else torch.ones_like(steps), passed)
     unchanged = ~passed.any(dim=1)
     rolled_back = unchanged & anomalous.any(dim=1)
-    return SyncPlan(norms, weights, anomalous, restarted, unchanged, rolled_back, tallies), after
+    z = z_score(norms, detectors.mean, detectors.variance)
+    return SyncPlan(norms, z, weights, anomalous, restarted, unchanged, rolled_back, tallies), after
 
 
 @dataclass
 class SyncRecord:
-    """What happened in one sync, in host numbers. Times in seconds, bytes as sent by this rank."""
+    """What happened in one sync, in host numbers. Times in seconds, bytes as sent by this rank.
+
+    What each replica has measured of the sync before this one, and told at this one, is in the plan's tallies.
+    """
 
     sync: int
     plan: SyncPlan
@@ -93,7 +99,16 @@ class SyncRecord:
     sync_bytes: int
     interval_seconds: float
     pseudo_grad_norm: float
-    clipped_units: int
+    clip_factors: list[float]  # of each unit, 1 where nothing was clipped
+
+    @property
+    def clipped_units(self) -> int:
+        return sum(factor < 1 for factor in self.clip_factors)
+
+    @property
+    def slowest_replica(self) -> int:
+        """The one that trained longest before it came to this sync."""
+        return int(self.plan.tallies["training_seconds"].argmax())
 
     @property
     def anomalous_replicas(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import logging
 import sys
 import threading
 import time
@@ -18,8 +19,12 @@ from torch import Tensor
 
 from hf_edit.peers.layout import Layout
 
+logger = logging.getLogger(__name__)
+
 KEEP_SECONDS = 10.0  # after its end, and at least until KEEP_LATER more have begun, a collective is kept
 KEEP_LATER = 16
+GRACE_SECONDS = 1.0
+SAY_AFTER_SECONDS = 30.0  # that a replica has waited for others, who they are
 
 
 class Pending(Protocol):
@@ -77,6 +82,9 @@ class _Kept:
         self.work.wait()
         self._give_up_memory()
 
+    def is_completed(self) -> bool:
+        return bool(self.work.is_completed())
+
     def _give_up_memory(self) -> None:
         for given in self._aliases:
             for alias in given if isinstance(given, list) else [given]:
@@ -115,6 +123,31 @@ class Arrivals:
         while store is not None and others and time.monotonic() < deadline:
             others = [rank for rank in others if _reported(store, rank) <= self.count]
             time.sleep(0.1 if others else 0.0)
+
+    def wait_for(self, work: Any) -> None:
+        """Waits for an exchange under way, on the host; says from time to time which replicas have not come to it.
+
+        Raises:
+            RuntimeError: it has failed, or the limit is over, which NCCL's own wait would not see.
+        """
+        begun = said = time.monotonic()
+        while not work.is_completed():
+            now = time.monotonic()
+            if now - begun > self._timeout_seconds + GRACE_SECONDS:  # gloo's own limit comes first
+                raise RuntimeError("timed out")
+            if now - said > SAY_AFTER_SECONDS:
+                said = now
+                self.say_who_is_missing(now - begun)
+            time.sleep(min(5e-5 + (now - begun) / 200, 0.005))
+        work.wait()
+
+    def say_who_is_missing(self, seconds: float) -> None:
+        """On one rank of this replica."""
+        if self._layout.shard == 0 and (missing := self.missing_replicas()):
+            logger.warning(
+                "EDiT: replica %d has waited %.0f s at a sync for replicas %s; the limit is sync_timeout_seconds=%g.",
+                self._layout.replica, seconds, missing, self._timeout_seconds,
+            )  # fmt: skip
 
     def missing_replicas(self) -> list[int]:
         """Those with a rank that has not come to the exchange this one is at."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -125,9 +124,7 @@ class ProcessGroupPeers:
 
         def result() -> Tensor:
             with self.arrivals.blame():
-                if vector.is_cuda:  # NCCL's wait() only orders streams; the host must notice the time limit itself
-                    self._watch(work)
-                work.wait()
+                self.arrivals.wait_for(work)
             return torch.stack(rows)
 
         return result
@@ -179,13 +176,6 @@ class ProcessGroupPeers:
 
     def _sync_group_for(self, tensor: Tensor) -> dist.ProcessGroup:
         return self._host_sync_group if tensor.device.type == "cpu" else self.sync_group
-
-    def _watch(self, work: Any) -> None:
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        while not work.is_completed():
-            if time.monotonic() > deadline:
-                raise RuntimeError("timed out")
-            time.sleep(5e-5)
 
 
 @dataclass

@@ -37,7 +37,8 @@ class Engine:
         config: the method's settings, equal on all ranks.
         peers: the other replicas, and this one.
         first_step: optimizer steps that were taken before, which count for the warm-up.
-        on_begin: called when a sync begins and takes the tallies with it.
+        on_begin: called when a sync begins and takes the tallies with it; what else this rank tells the others then,
+            by names that are equal on all ranks and summed over a replica's.
         last_step: global progress at which a sync is due whatever the time (A-EDiT); None: there is no end.
         clock: monotonic seconds.
         runner: what runs a delayed sync beside the training.
@@ -55,7 +56,7 @@ class Engine:
         peers: Peers,
         *,
         first_step: int = 0,
-        on_begin: Callable[[], None] | None = None,
+        on_begin: Callable[[], dict[str, Tensor | float]] | None = None,
         last_step: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         runner: Runner[bool] = beside,
@@ -222,6 +223,15 @@ class Engine:
         """What any rank wants, the same on all of them; all replicas call it at the same step."""
         return set().union(*self.peers.gather_object(set(requests)))
 
+    def go_back(self, clear: bool = False) -> None:
+        """This replica gives up what it has learnt since the last sync; the steps that it took were taken.
+
+        Args:
+            clear: the inner optimizer's state goes, too.
+        """
+        self.sync.go_back(clear)
+        self.schedule.inner_steps = 0  # it has nothing to tell of them
+
     def close(self) -> None:
         """Training has ended: DDP is left as it was found."""
         release(self._model)
@@ -235,14 +245,14 @@ class Engine:
         schedule, size = self.schedule, self.peers.inside.size
         steps = {"inner_steps": schedule.inner_steps / size, "interval_steps": schedule.interval_steps / size}
         asked = {name: float(name in requests) for name in (*REQUESTS, "barrier")}
-        way.begin({**self.tallies, **asked, "buffers": self._buffers.changed(), **steps})
+        measured = {name: value / size for name, value in self.sync.interval.tallies(self._clock()).items()}
+        more = {} if self._on_begin is None else self._on_begin()
+        way.begin({**self.tallies, **asked, "buffers": self._buffers.changed(), **steps, **measured, **more})
         self._under_way = way
         self._reported = self.tallies, schedule.inner_steps, schedule.interval_steps
         self.tallies = dict.fromkeys(TALLIES, 0.0)
         schedule.restart()
         self.progress.hand_over()
-        if self._on_begin is not None:
-            self._on_begin()
 
     def _complete(self) -> set[str] | None:
         """Waits until all replicas have come to the sync under way, and carries it out or leaves that to the next

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -40,6 +42,11 @@ class HostCopy:
             self._event = torch.cuda.Event()
             self._event.record()
 
+    @property
+    def ready(self) -> bool:
+        """True if `read` will not wait."""
+        return self._event is None or bool(self._event.query())
+
     def read(self) -> list[float]:
         if self._event is not None:
             self._event.synchronize()
@@ -62,13 +69,19 @@ class Stopwatch:
         event.record()
         return event
 
-    def __enter__(self) -> None:
+    def start(self) -> None:
         self._started = self._now()
         self._depth += 1
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         self._depth -= 1
         self._marks.append((self._started, self._now()))
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def lap(self) -> Callable[[], float]:
         """Seconds since the last lap, to be asked for later; called inside a block, up to now."""
@@ -85,6 +98,28 @@ class Stopwatch:
             return sum(start.elapsed_time(end) for start, end in marks) / 1000.0
 
         return seconds
+
+
+@dataclass
+class Interval:
+    """What a replica has measured between the beginnings of two syncs, all in seconds. "Before" is of the first one."""
+
+    begun_at: float
+    exposed: Callable[[], float] = lambda: math.nan  # that training waited for it; to be asked for later
+    wait_seconds: float = math.nan  # of it, for the slowest replica
+    network: Callable[[], float] = lambda: math.nan  # from when all had come until all was reduced
+    rested_seconds: float = 0.0  # that evaluations and checkpoints took
+
+    def tallies(self, now: float) -> dict[str, float]:
+        """For the exchange of the second one, which begins `now`."""
+        exposed = self.exposed()
+        waited = 0.0 if math.isnan(exposed) else exposed
+        return {
+            "training_seconds": max(0.0, now - self.begun_at - waited - self.rested_seconds),
+            "before_exposed_seconds": exposed,
+            "before_wait_seconds": self.wait_seconds,
+            "before_network_seconds": self.network(),
+        }
 
 
 class Scratch:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_edit.method.penalty import DetectorState
 from hf_edit.method.plan import SyncPlan, SyncRecord
 from hf_edit.peers.faults import Pending
-from hf_edit.sync.measure import HostCopy
+from hf_edit.sync.measure import HostCopy, Stopwatch
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Running:
     factors: dict[int, Tensor] = field(default_factory=dict)  # by which the averages are clipped
     replica_squares: list[Tensor] = field(default_factory=list)  # of the averages, over the replica; [] each
     wait_seconds: float = 0.0  # that the training waited for the other replicas
+    network: Stopwatch | None = None  # runs from when all have come until the last unit is reduced
 
     @property
     def decided(self) -> SyncPlan:
@@ -48,13 +49,13 @@ class Running:
         sync_bytes: int, device: torch.device,
     ) -> Callable[[], SyncRecord]:  # fmt: skip
         """What makes the record of this sync, which ended at `now`; on CUDA the call waits for a copy to the host."""
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        squares = torch.stack([zero, *self.replica_squares]).sum()
-        clipped = torch.stack([zero, *self.factors.values()]).lt(1.0).sum() - 1  # the zero
-        outcome = HostCopy(torch.stack([squares, clipped.double()]))
+        one = torch.ones((), dtype=torch.float64, device=device)
+        squares = torch.stack([0 * one, *self.replica_squares]).sum()
+        factors = [self.factors[index].double() if index in self.factors else one for index in range(len(unit_names))]
+        outcome = HostCopy(torch.stack([squares, *factors]))
 
         def record() -> SyncRecord:
-            square_norm, num_clipped = outcome.read()
+            square_norm, *clip_factors = outcome.read()
             return SyncRecord(
                 sync=self.number,
                 plan=self.decided,
@@ -65,7 +66,7 @@ class Running:
                 sync_bytes=sync_bytes,
                 interval_seconds=interval_seconds,
                 pseudo_grad_norm=square_norm**0.5,
-                clipped_units=int(num_clipped),
+                clip_factors=clip_factors,
             )
 
         return record

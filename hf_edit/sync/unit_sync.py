@@ -18,11 +18,12 @@ from torch import Tensor
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.outer import OuterState, outer_rule
-from hf_edit.method.penalty import DetectorState, clip_factor, pseudo_gradient, square_norm, weighed
+from hf_edit.method.penalty import DetectorState, clip_factor, square_norm, weighed
 from hf_edit.method.plan import SyncPlan, SyncRecord, make_plan
 from hf_edit.peers.group import Conversation
 from hf_edit.peers.replica import Replica
-from hf_edit.sync.measure import Scratch, Stopwatch, phase
+from hf_edit.sync import unit_values
+from hf_edit.sync.measure import Interval, Scratch, Stopwatch, phase
 from hf_edit.sync.running import Running
 from hf_edit.sync.units import Unit
 
@@ -67,6 +68,7 @@ class OuterSync:
         self.clock = clock
         self._scratch = Scratch(self.device)
         self._last_end = clock()
+        self.interval = Interval(clock())
         self._finished: list[Callable[[], SyncRecord]] = []
 
     @torch.no_grad()
@@ -74,6 +76,7 @@ class OuterSync:
         """The anchor becomes the current parameters, the outer state what it is at first."""
         self.states = [self.rule.init(unit.parts(), self.config.offload_outer_state) for unit in self.units]
         self._last_end = self.clock()
+        self.interval = Interval(self._last_end)
 
     @property
     def pending(self) -> bool:
@@ -108,7 +111,8 @@ class OuterSync:
         deltas, norms = [], []
         reuses = in_host and self.device.type == "cpu"
         for unit, state in zip(self.units, self.states, strict=True):
-            delta = self._pseudo_gradient(unit, state, self._scratch.take if reuses else torch.empty_like)
+            new_like = self._scratch.take if reuses else torch.empty_like
+            delta = unit_values.read(unit, state, self.device, new_like)
             norms.append(square_norm(delta))
             if in_host:
                 deltas.append(self._scratch.to_host(delta))
@@ -130,6 +134,8 @@ class OuterSync:
             table = rows.new_zeros(self.peers.num_replicas, rows.shape[1])  # who does not take part did no step
             table[run.members] = rows
             run.plan, run.detectors = make_plan(table, run.tally_names, self.detectors, self.config)
+            run.network = Stopwatch(table.device if run.deltas else self.device, self.clock)
+            run.network.start()
             if run.deltas:
                 self.waited_until = self.clock()
         return run.plan
@@ -147,7 +153,7 @@ class OuterSync:
             if run.deltas:  # which are needed again
                 gradient = weighed(run.deltas[index], weight, out=self._scratch.take(run.deltas[index]))
             else:
-                gradient = weighed(self._pseudo_gradient(self.units[index], self.states[index]), weight)
+                gradient = weighed(unit_values.read(self.units[index], self.states[index], self.device), weight)
             run.flying[index] = gradient, self.peers.all_reduce([gradient])
 
     @torch.no_grad()
@@ -160,6 +166,8 @@ class OuterSync:
             work.wait()
             run.averages[index] = average
             run.square_norms[index] = square_norm(average)
+        if index == len(self.units) - 1 and run.network is not None:
+            run.network.stop()
 
     def reduce(self, run: Running) -> bool:
         """Reduces all units, and commits: True if the sync is to be applied, on all members."""
@@ -182,6 +190,25 @@ class OuterSync:
             run.applied += 1
         if run.applied == len(self.units) and self.running is run:
             self._end(run)
+
+    @torch.no_grad()
+    def go_back(self, clear: bool) -> None:
+        """The replica gives up what it has learnt since the last sync, or since the delayed one under way has begun,
+        which it tells the others at that one.
+
+        Args:
+            clear: the inner optimizer's state goes, too.
+        """
+        run = self.running
+        if run is not None and not run.deltas:
+            raise RuntimeError("A sync is under way that is not carried out yet; finish it first.")
+        for index, (unit, state) in enumerate(zip(self.units, self.states, strict=True)):
+            flat = self._here(state.anchor) if run is None else self._here(run.deltas[index]).neg()
+            if run is not None:
+                unit_values.add_given(unit, state, flat, state.anchor, 1)
+            unit_values.write(unit, state, flat)
+            if clear:
+                self._clear_inner_state(unit)
 
     def forget(self) -> None:
         """The sync under way is given up; all is as it was before it began."""
@@ -207,14 +234,14 @@ class OuterSync:
         return summed
 
     def _apply(self, run: Running, index: int, went_on: bool) -> None:
-        state, average = self.states[index], run.averages.pop(index, None)
+        unit, state, average = self.units[index], self.states[index], run.averages.pop(index, None)
         correction = None
         if went_on:  # becomes the new anchor minus where the parameters were, both as the replica is given them
             correction = self._here(run.deltas[index])
-            self._add_given(index, correction, state.anchor, -1)
+            unit_values.add_given(unit, state, correction, state.anchor, -1)
         anchor = self._step(run, index, average)
         if correction is not None:
-            self._add_given(index, correction, anchor, 1)
+            unit_values.add_given(unit, state, correction, anchor, 1)
         self._write(run, index, anchor, correction)
         for used in (run.deltas[index], average) if run.deltas else ():
             if used is not None:
@@ -230,25 +257,15 @@ class OuterSync:
             gradient.mul_(run.factors[index])
         return self.rule.step(state, gradient, run.number - 1)
 
-    def _add_given(self, index: int, flat: Tensor, anchor: Tensor, sign: int) -> None:
-        """Adds what a replica is given of `anchor`, in place."""
-        state = self.states[index]
-        parts = self.units[index].parts()
-        for view, value, part in zip(state.views(flat), state.views(self._here(anchor)), parts, strict=True):
-            view.add_(value.to(part.dtype), alpha=sign)
-
     @phase("write")
     def _write(self, run: Running, index: int, anchor: Tensor, correction: Tensor | None) -> None:
         """A unit takes the anchor, or adds the correction unless it is broken."""
         unit, state = self.units[index], self.states[index]
         broken = not run.decided.norms[index, self.peers.replica].isfinite()
-        unit.drop_gathered()
-        added = None if broken else correction
-        for part, value in zip(unit.parts(), state.views(anchor if added is None else added), strict=True):
-            if added is None:
-                part.copy_(value)
-            else:
-                part.add_(value)
+        if correction is None or broken:
+            unit_values.write(unit, state, anchor)
+        else:
+            unit_values.write(unit, state, correction, add=True)
         if broken:
             self._clear_inner_state(unit)
 
@@ -256,16 +273,6 @@ class OuterSync:
         if self._optimizer is not None:
             for param in unit.params:
                 self._optimizer.state.pop(param, None)
-
-    def _pseudo_gradient(
-        self, unit: Unit, state: OuterState, new_like: Callable[[Tensor], Tensor] = torch.empty_like
-    ) -> Tensor:
-        """Flat fp32 [n], in a buffer of its own."""
-        anchor = self._here(state.anchor)
-        flat = new_like(anchor) if anchor is state.anchor else anchor
-        for view, before, part in zip(state.views(flat), state.views(anchor), unit.parts(), strict=True):
-            pseudo_gradient(before, part, out=view)
-        return flat
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
@@ -289,7 +296,10 @@ class OuterSync:
         interval_seconds, self._last_end = now - self._last_end, now
         sync_bytes = self.peers.bytes_sent - run.bytes_before
         names = [unit.name for unit in self.units]
-        record = run.recorder(names, self.exposed.lap(), now, interval_seconds, sync_bytes, self.device)
+        exposed = self.exposed.lap()
+        if run.network is not None:
+            self.interval = Interval(run.begun_at, exposed, run.wait_seconds, run.network.lap())
+        record = run.recorder(names, exposed, now, interval_seconds, sync_bytes, self.device)
         run.deltas.clear()  # the record keeps no memory that is used again
         if float(run.decided.tallies["inner_steps"].sum()) > 0:  # else nobody has anything to tell of
             self._finished.append(record)

@@ -1,24 +1,14 @@
-"""Records of syncs and loss spikes, and what of them goes to the logs.
+"""What of a sync goes to the logs, and what of it somebody should know.
 
-Everything goes through `Trainer.log`, so to whatever `report_to` names; W&B also gets alerts.
+The logs go through `Trainer.log`, or a loop's `accelerator.log`: to whatever these report to.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-
-from hf_edit.method.penalty import ema_update, z_score
 from hf_edit.method.plan import SyncRecord
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,6 +36,7 @@ class EDiTStats:
         self.sync_bytes += record.sync_bytes
         self.anomalous_replicas += record.anomalous_replicas
         self.rollbacks += record.rollbacks
+        self.loss_spikes += sum(spike.count for spike in loss_spikes(record))
 
 
 @dataclass
@@ -86,34 +77,57 @@ class GlobalCount:
         self.handed_over = 0.0
 
 
-@dataclass
-class LossSpikeDetector:
-    """Says when a logged loss lies far above its moving mean.
+@dataclass(frozen=True)
+class LossSpike:
+    """The largest loss spike of a replica between two syncs, of `count`, and what the penalty did about it.
 
-    Args:
-        threshold: standard deviations that count as a spike.
-        alpha: weight of the newest loss in the moving mean and variance.
-        warmup: losses to see first.
+    `size` is in standard deviations, inf if the loss was not finite. `weight` is the replica's at the sync, the mean
+    over units; `left_out_units` of them were averaged without it.
     """
 
-    threshold: float
-    alpha: float = 0.05
-    warmup: int = 10
-    count: int = 0
-    _mean: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    _variance: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    replica: int
+    count: int
+    size: float
+    loss: float
+    step: int
+    epoch: int
+    batch: int
+    weight: float
+    left_out_units: int
 
-    def update(self, loss: float) -> float | None:
-        """Takes the next loss; its size in standard deviations if it is a spike, else None. inf if not finite."""
-        if not math.isfinite(loss):
-            return math.inf
-        value = torch.tensor(loss, dtype=torch.float64)
-        size = float(z_score(value, self._mean, self._variance))
-        if self.count >= self.warmup and size > self.threshold:
-            return size
-        self._mean, self._variance = ema_update(self._mean, self._variance, torch.tensor(self.count), value, self.alpha)
-        self.count += 1
-        return None
+    def text(self) -> str:
+        far = f"lies {self.size:.1f} standard deviations above its moving mean"
+        if math.isinf(self.size):
+            far = "is not finite"
+        more = f", the largest of {self.count} spikes since the last sync" if self.count > 1 else ""
+        return (
+            f"Step {self.step} (epoch {self.epoch}, batch {self.batch}) of replica {self.replica}: the loss "
+            f"{self.loss:.4g} {far}{more}."
+        )
+
+
+def loss_spikes(record: SyncRecord) -> list[LossSpike]:
+    """Of each replica that had one; loops of one's own tell of none."""
+    plan = record.plan
+    if "spikes" not in plan.tallies:
+        return []
+    found = []
+    for replica in plan.tallies["spikes"].nonzero().flatten().tolist():
+        told = {name: float(plan.tallies[name][replica]) for name in plan.tallies if name.startswith("spike")}
+        found.append(
+            LossSpike(
+                replica=replica,
+                count=round(told["spikes"]),
+                size=told["spike_size"],
+                loss=told["spike_loss"],
+                step=round(told["spike_step"]),
+                epoch=round(told["spike_epoch"]),
+                batch=round(told["spike_batch"]),
+                weight=float(plan.weights[:, replica].mean()),
+                left_out_units=int(plan.anomalous[:, replica].sum()),
+            )
+        )
+    return found
 
 
 def sync_logs(record: SyncRecord) -> dict[str, float]:
@@ -123,7 +137,7 @@ def sync_logs(record: SyncRecord) -> dict[str, float]:
     losses = plan.tallies["loss"] / steps  # NaN for a replica that has taken none
     finite = losses[losses.isfinite()]
     spread = float(finite.max() - finite.min()) if len(finite) else math.nan
-    return {
+    logs = {
         "edit/sync_seconds": record.sync_seconds,
         "edit/exposed_seconds": record.exposed_seconds,
         "edit/wait_seconds": record.wait_seconds,
@@ -138,12 +152,20 @@ def sync_logs(record: SyncRecord) -> dict[str, float]:
         "edit/replica_loss_spread": spread,
         "edit/tokens_per_second": float(plan.tallies["tokens"].sum()) / max(record.interval_seconds, 1e-9),
     }
+    if spikes := loss_spikes(record):
+        logs |= {"edit/loss_spikes": sum(s.count for s in spikes), "edit/loss_spike": max(s.size for s in spikes)}
+    return logs
 
 
 def sync_events(record: SyncRecord) -> list[tuple[str, str]]:
     """What somebody should know of one sync, as (title, text)."""
     plan = record.plan
     events = []
+    for spike in loss_spikes(record):
+        done = f"Sync {record.sync} gave it a weight of {spike.weight:.2f}"
+        if spike.left_out_units:
+            done += f" and left it out of {spike.left_out_units} of {len(record.unit_names)} units"
+        events.append(("EDiT: loss spike", f"{spike.text()} {done}."))
     for replica in plan.anomalous.any(dim=0).nonzero().flatten().tolist():
         units = [name for name, bad in zip(record.unit_names, plan.anomalous[:, replica].tolist(), strict=True) if bad]
         broken = int((~plan.norms[:, replica].isfinite()).sum())
@@ -166,50 +188,6 @@ def sync_events(record: SyncRecord) -> list[tuple[str, str]]:
             f"Sync {record.sync}: norms stayed anomalous and are the new normal for {_some(pairs)}",
         ))  # fmt: skip
     return events
-
-
-def alert(title: str, text: str) -> None:
-    """Warns in the log, and in W&B if a run is active."""
-    logger.warning("%s. %s", title, text)
-    _tell_wandb("alert", lambda run: run.alert(title=title, text=text))
-
-
-def publish_settings(settings: dict[str, Any]) -> None:
-    """Puts EDiT's settings beside the Trainer's in the active W&B run's config."""
-    _tell_wandb("configuration", lambda run: run.config.update({"edit": settings}, allow_val_change=True))
-
-
-def _tell_wandb(what: str, tell: Callable[[Any], object]) -> None:
-    run = getattr(sys.modules.get("wandb"), "run", None)
-    if run is None:
-        return
-    try:
-        tell(run)
-    except Exception as error:  # whatever W&B raises when it is down: that is said, and training goes on
-        logger.warning("W&B did not take the %s: %s", what, error)
-
-
-def go_offline_without_login(report_to: list[str]) -> None:
-    """Sets WANDB_MODE=offline if W&B is to be used but nobody is logged in, and says so.
-
-    Without it W&B asks for a key, or ends the training where nobody can answer.
-    """
-    if "wandb" not in report_to or os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
-        return
-    try:
-        import wandb
-    except ImportError:
-        return  # the Trainer's own error names the missing package
-    if wandb.run is not None:
-        return  # the user started a run, however they did
-    try:
-        logged_in = wandb.login(prompt=False, verify=False)
-    except TypeError:  # an older wandb, which cannot look without asking
-        logged_in = wandb.api.api_key is not None
-    if not logged_in:
-        os.environ["WANDB_MODE"] = "offline"
-        wandb.teardown()  # looking has read the environment; the next run shall read it anew
-        logger.warning("No W&B login was found: logging offline. `wandb login`, or `wandb sync` the run afterwards.")
 
 
 def _some(names: list[str], limit: int = 4) -> str:

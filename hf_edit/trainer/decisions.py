@@ -5,6 +5,7 @@ The Trainer sees no flag that has not been decided (`hf_edit.method.conductor` s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,10 @@ class TrainerDecisions(_TrainerToBe):
             self._collect_requests()  # of callbacks that saw the sync's log
             self._show(what)
             self.control.should_log = False  # is done; the Trainer would gather the loss over all ranks
+            began_at = time.monotonic()
             carry_out()
+            if self._engine is not None:
+                self._engine.sync.interval.rested_seconds += time.monotonic() - began_at
             self._collect_requests()
             self._show(frozenset())
             decided = True
@@ -167,7 +171,8 @@ class TrainerDecisions(_TrainerToBe):
         if not self._steps.uncounted:
             return
         self._steps.uncounted = False
-        skipped = self.accelerator.optimizer_step_was_skipped or self._steps.empty
+        steps = self._steps
+        skipped = self.accelerator.optimizer_step_was_skipped or steps.empty or steps.dropped
         if not self._engine.warming_up:
             self.edit_stats.inner_steps += not skipped
             self.edit_stats.hsdp_bytes += self.edit_stats.gradient_bytes

@@ -3,39 +3,73 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 
 from hf_edit.config import EDiTConfig
+from hf_edit.method.plan import SyncRecord
+from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
-from hf_edit.telemetry.logs import EDiTStats, LossSpikeDetector, alert, sync_events, sync_logs
+from hf_edit.telemetry.journal import NAME, Journal, description
+from hf_edit.telemetry.logs import EDiTStats, sync_logs
+from hf_edit.telemetry.wandb_run import UnitTable, tell
 from hf_edit.trainer.progress import GlobalSteps
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
+
+# Of the TrainingArguments, what the journal says of a run.
+ARGUMENTS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_steps", "num_train_epochs",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16", "seed",
+)  # fmt: skip
 
 
 class TrainerLogs(_TrainerToBe):
     """The part of `EDiTMixin` that logs."""
 
     edit_config: EDiTConfig
+    edit_layout: Layout
     edit_stats: EDiTStats
     _engine: Engine | None
     _steps: GlobalSteps
+    _journal: Journal | None = None  # of the first rank
     _globalstep_last_logged: int
 
     def _start_logs(self) -> None:
-        self._spikes = LossSpikeDetector(self.edit_config.loss_spike_threshold)
         self._steps.at_log = self._steps.own
+        self._unit_table = UnitTable()
 
-    def _log_state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return asdict(self._spikes)
+    def _open_journal(self) -> None:
+        """The engine is ready."""
+        if not self.is_world_process_zero():
+            return
+        assert self._engine is not None
+        if self._journal is not None:
+            self._journal.close()  # of a training that was broken off
+        self._journal = Journal(Path(self.args.output_dir) / NAME)
+        self._journal.begin(
+            self.state.global_step,
+            **description(self.edit_layout, self._engine),
+            training={name: getattr(self.args, name, None) for name in ARGUMENTS},
+        )
 
-    def _restore_logs(self, state: dict[str, Any]) -> None:
-        self._spikes = LossSpikeDetector(**{**state, "threshold": self.edit_config.loss_spike_threshold})
+    def _note_log(self, logs: dict[str, Any]) -> None:
+        """What the Trainer has logged; syncs have lines of their own."""
+        if self._journal is not None and (entry := {k: v for k, v in logs.items() if not k.startswith("edit/")}):
+            self._journal.log(self.state.global_step, entry)
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.write(
+                "end", step=self.state.global_step, seconds=self._journal.seconds, **asdict(self.edit_stats)
+            )
+            self._unit_table.publish()
+            self._journal.close()
+            self._journal = None
 
     def _log_step(
         self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None, stepped: bool
@@ -71,13 +105,6 @@ class TrainerLogs(_TrainerToBe):
         self._total_loss_scalar += loss * (self.state.global_step - self._globalstep_last_logged)
         self._globalstep_last_logged = self.state.global_step
         self.store_flos()
-        spike = self._spikes.update(loss)
-        if spike is not None:
-            logs["edit/loss_spike"] = spike
-            self.edit_stats.loss_spikes += 1
-            if self.is_world_process_zero():
-                where = f"Step {self.state.global_step}: the loss {loss:.4g} lies {spike:.1f} standard deviations"
-                alert("EDiT: loss spike", f"{where} above its moving mean")
         self.log(logs, start_time)
 
     def _log_syncs(self) -> None:
@@ -85,10 +112,28 @@ class TrainerLogs(_TrainerToBe):
         for record in self._engine.sync.take_records():
             self._confirm_counts(record)
             self.edit_stats.add(record)
-            if self.is_world_process_zero():
-                for title, text in sync_events(record):
-                    alert(title, text)
+            if self._journal is not None:
+                self._note_sync(self._journal, record)
             self.log(sync_logs(record))
+
+    def _note_sync(self, journal: Journal, record: SyncRecord) -> None:
+        """On the first rank."""
+        step = self.state.global_step
+        tell(record, step, journal, self.edit_config.on_loss_spike)
+        self._unit_table.add(record, step)
+        self._show_sync(record)
+
+    def _show_sync(self, record: SyncRecord) -> None:
+        """In the Trainer's progress bar."""
+        syncs, exposed = self.edit_stats.syncs, record.exposed_seconds
+        text = f"{syncs} syncs, {exposed:.2f} s exposed"
+        if record.wait_seconds > 0.01:
+            text += f", {record.wait_seconds:.2f} s of it for replica {record.slowest_replica}"
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_postfix_str(text)
+            elif (tracker := getattr(callback, "training_tracker", None)) is not None:  # a notebook's
+                tracker.prefix = f"[{text}] "
 
     def _log_the_rest(self) -> None:
         """The training has ended: syncs that were not logged, and the loss since the last log for the total."""

@@ -19,7 +19,9 @@ from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import is_prepared
+from hf_edit.telemetry.journal import NAME, Journal, description
 from hf_edit.telemetry.logs import sync_logs
+from hf_edit.telemetry.wandb_run import publish_settings, tell
 from hf_edit.trainer.accelerate_hook import keep_loader_local, layout_of, make_accelerator
 from hf_edit.trainer.checks import check_optimizer
 
@@ -50,12 +52,16 @@ class EDiT:
         accelerator: made by `EDiT.accelerator`.
         model, optimizer: as `accelerator.prepare` returned them.
         edit_config: an `EDiTConfig`, a dict, a path, or None, as for `EDiTTrainer`.
+        output_dir: where the first process keeps `edit_syncs.jsonl`, for `hf-edit report`; None to keep none.
 
     Raises:
         ValueError: model or accelerator are not prepared for replicas; a setting that EDiT cannot train with.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, edit_config: Any = None) -> None:
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, edit_config: Any = None,
+        output_dir: str | Path | None = None,
+    ) -> None:  # fmt: skip
         self.config = EDiTConfig.load(edit_config)
         self.layout: Layout = layout_of(accelerator, self.config)
         self._accelerator = accelerator
@@ -65,6 +71,7 @@ class EDiT:
         self._said_dropped = False
         self._logs: deque[dict[str, float]] = deque(maxlen=KEPT_LOGS)
         self._own_steps = self._steps_of_all = 0
+        self._journal: Journal | None = None
         if accelerator.is_main_process:
             plain = "" if self.layout.num_replicas > 1 else ": nothing to sync"
             logger.warning("EDiT: %s%s.", self.layout, plain)
@@ -79,6 +86,10 @@ class EDiT:
         keep_loader_local(accelerator)
         self._peers = ProcessGroupPeers(self.layout, self.config.longest_wait_seconds)
         self._start(first_step=0)
+        if output_dir is not None and accelerator.is_main_process:
+            self._journal = Journal(Path(output_dir) / NAME)
+            self._begin_journal()
+        publish_settings(self.config.to_dict())
         torch_optimizer = getattr(optimizer, "optimizer", optimizer)
         self._hook = torch_optimizer.register_step_pre_hook(lambda *_: self._before_optimizer_step())
 
@@ -99,6 +110,10 @@ class EDiT:
         self._engine = Engine(self._model, self._optimizer, self.config, self._peers, first_step=first_step)
         return self._engine
 
+    def _begin_journal(self) -> None:
+        if self._journal is not None and self._engine is not None:
+            self._journal.begin(self._steps_of_all, **description(self.layout, self._engine))
+
     def _before_optimizer_step(self) -> None:
         if self._engine is not None:
             self._engine.before_optimizer_step()
@@ -111,8 +126,11 @@ class EDiT:
             return
         if kind is None:
             self._engine.barrier()
-            self._keep_logs()
             self._note_steps()
+            self._keep_logs()
+            if self._journal is not None:
+                self._journal.write("end", step=self._steps_of_all, seconds=self._journal.seconds)
+                self._journal.close()
         else:
             self._engine.abandon()
         self._engine.close()
@@ -170,11 +188,26 @@ class EDiT:
         self._logs.clear()
         return found
 
+    def log(self, step: int, values: dict[str, Any] | None = None) -> None:
+        """`accelerator.log` of `values`, and of each sync that has ended since the last call.
+
+        Args:
+            step: the x-axis of the trackers.
+        """
+        for entry in [*([values] if values else []), *self.logs()]:
+            self._accelerator.log(entry, step=step)
+        if self._journal is not None and values:
+            self._journal.log(step, values)
+
     def _keep_logs(self) -> None:
         """Takes what has ended from the engine; on CUDA it waits for the last one's copy to the host."""
         if self._engine is None:
             return
-        new = [sync_logs(record) for record in self._engine.sync.take_records()]
+        records = self._engine.sync.take_records()
+        if self._accelerator.is_main_process:
+            for record in records:
+                tell(record, round(self._engine.progress.value), self._journal)
+        new = [sync_logs(record) for record in records]
         if len(self._logs) + len(new) > KEPT_LOGS and not self._said_dropped and self._accelerator.is_main_process:
             logger.warning("EDiT: nobody asks for logs(); only those of the last %d syncs are kept.", KEPT_LOGS)
             self._said_dropped = True
@@ -267,6 +300,7 @@ class EDiT:
             checkpoint.load_outer(folder, manifest, self._training())
             if host["rank"] is not None:
                 checkpoint.load_rank(engine, host["rank"])
+            self._begin_journal()
         return own_steps
 
     def _note_steps(self) -> None:

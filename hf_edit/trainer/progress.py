@@ -85,6 +85,7 @@ class GlobalSteps:
     uncounted: bool = False  # the engine does not know of the last step yet
     warm_up: bool = False  # the last step was a synchronous one
     empty: bool = False  # no batch of the step under way has a label on any rank of the replica
+    dropped: bool = False  # the gradients of the step under way, for its loss
     at_log: int = 0  # own steps at the last log entry
     agreed: int = 0  # the global step at which all last agreed
     logged: int = 0  # the global step up to which is logged what is due

@@ -70,6 +70,7 @@ class TrainerStep(_TrainerToBe):
         if self.state.num_input_tokens_seen != seen:  # GRPO counts them here
             self._count_input_tokens(seen, in_replica=not self._engine.warming_up)
         self._engine.tally(loss=loss / self.edit_layout.replica_size, tokens=tokens)
+        self._add_to_step_loss(loss)
         return loss
 
     @contextlib.contextmanager
@@ -121,9 +122,9 @@ class TrainerStep(_TrainerToBe):
         self._steps.empty = in_replica == 0 and not self._engine.warming_up
 
     def _leave_out_empty_step(self) -> None:
-        """The optimizer is about to step: without gradients it moves neither parameters nor moments."""
+        """The optimizer is about to step."""
         if self._steps.empty:
-            self.model_wrapped.zero_grad()
+            self._drop_gradients()
             self._steps.at_log += 1  # it has no loss that the next log entry could average
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
@@ -159,9 +160,10 @@ class TrainerStep(_TrainerToBe):
             return contextlib.nullcontext()
         return self.accelerator.in_replica(self._engine.peers, self._step_modules, self._generators)
 
-    def _hand_over_counts(self) -> None:
+    def _hand_over_counts(self) -> dict[str, Tensor | float]:
         self._input_tokens.hand_over()
         self._flos.hand_over()
+        return self._spike_tallies()
 
     def _confirm_counts(self, record: SyncRecord) -> None:
         self._input_tokens.confirm(float(record.plan.tallies["input_tokens"].sum()))

@@ -20,7 +20,8 @@ from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout, ring_bytes
 from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import is_prepared
-from hf_edit.telemetry.logs import EDiTStats, go_offline_without_login, publish_settings
+from hf_edit.telemetry.logs import EDiTStats
+from hf_edit.telemetry.wandb_run import go_offline_without_login, publish_settings
 from hf_edit.trainer.accelerate_hook import (
     check_accelerator,
     equalise_sampler_once,
@@ -35,13 +36,16 @@ from hf_edit.trainer.data import TrainerData
 from hf_edit.trainer.decisions import TrainerDecisions
 from hf_edit.trainer.logs import TrainerLogs
 from hf_edit.trainer.progress import GlobalSteps, TrainerProgress
+from hf_edit.trainer.spikes import TrainerSpikes
 from hf_edit.trainer.step import TrainerStep
 from hf_edit.trainer.world import ReplicaAccelerator, check_generation
 
 logger = logging.getLogger(__name__)
 
 
-class EDiTMixin(TrainerCheckpoints, TrainerStep, TrainerData, TrainerDecisions, TrainerLogs, TrainerProgress):
+class EDiTMixin(
+    TrainerCheckpoints, TrainerStep, TrainerSpikes, TrainerData, TrainerDecisions, TrainerLogs, TrainerProgress
+):
     """Makes any Trainer subclass train with EDiT: `class EDiTSFTTrainer(EDiTMixin, SFTTrainer)`.
 
     Args:
@@ -138,6 +142,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerStep, TrainerData, TrainerDecisions, 
         self._conductor = Conductor(by_time=self._steps.by_time)
         self._start_logs()
         self._start_counts()
+        self._start_spikes()
         self._start_position()
         self._engine = Engine(
             self.model_wrapped,
@@ -155,12 +160,13 @@ class EDiTMixin(TrainerCheckpoints, TrainerStep, TrainerData, TrainerDecisions, 
         self._start_progress(first=rank_state is None)
         elements = sum(part.numel() for unit in self._engine.units for part in unit.parts())
         self.edit_stats.gradient_bytes = ring_bytes(4 * elements, self.edit_layout.num_replicas)
+        self._open_journal()
 
     def _rank_state(self) -> dict[str, Any]:
         """What this rank counts, for a checkpoint."""
         return {
             **self._counts(),
-            "spikes": self._log_state(),
+            "spikes": self._spike_state(),
             "own_steps": self._steps.own,
             "data": self._position_state(),
         }
@@ -171,7 +177,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerStep, TrainerData, TrainerDecisions, 
         assert self._engine is not None
         checkpoint.load_rank(self._engine, state)
         self._restore_counts(state)
-        self._restore_logs(state["spikes"])
+        self._restore_spikes(state["spikes"])
 
     # -- evaluation, the end ------------------------------------------------------------------------------------------
 
@@ -202,6 +208,7 @@ class EDiTMixin(TrainerCheckpoints, TrainerStep, TrainerData, TrainerDecisions, 
         if self._engine is not None:
             self._engine.flush()
             self._log_the_rest()
+            self._close_journal()
         self._stop_following()
         output = super()._finalize_training(*args, **kwargs)
         if self._engine is not None:
@@ -235,6 +242,9 @@ class _EngineDriver(TrainerCallback):
         self.trainer._start_engine()
         publish_settings(self.trainer.edit_config.to_dict())
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.trainer._note_log(logs or {})
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin_epoch()
 
@@ -246,6 +256,7 @@ class _EngineDriver(TrainerCallback):
             raise passed_over(self.trainer, "training_step")
         self.trainer._engine.before_optimizer_step()
         self.trainer._leave_out_empty_step()
+        self.trainer._watch_loss()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._before_the_trainer_counts()

@@ -13,12 +13,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_edit.sync.overlap import at_once
 from hf_edit.config import EDiTConfig
-from hf_edit.sync.engine import Engine
+from hf_edit.method.plan import SyncRecord
 from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout
-from hf_edit.method.plan import SyncRecord
+from hf_edit.sync.engine import Engine
+from hf_edit.sync.overlap import at_once
 
 FEATURES = 8
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_edit.sync.overlap import Worker, at_once
 from hf_edit.config import EDiTConfig
-from hf_edit.sync.engine import Engine
 from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout
+from hf_edit.sync.engine import Engine
+from hf_edit.sync.overlap import Worker, at_once
 from tests.dist.threads import run_ranks
 
 PLAIN = dict(outer_optimizer="none", anomaly_threshold=None, max_pseudo_grad_norm=None, warmup_steps=0)

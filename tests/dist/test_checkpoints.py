@@ -19,8 +19,8 @@ from hf_edit.checkpoint.outer import outer_tensors
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout
-from hf_edit.sync.overlap import at_once
 from hf_edit.sync.engine import Engine
+from hf_edit.sync.overlap import at_once
 from hf_edit.sync.units import local_part
 from tests.dist.nets import FEATURES, Net, batch, shard
 from tests.dist.threads import run_ranks
@@ -48,7 +48,7 @@ class SmallParts(Net):
 
 
 class Odd(torch.optim.Optimizer):
-    """Momentum on this rank's part, beside state of every shape that one can meet, telling of its rank in the replica."""
+    """Momentum on this rank's part, beside state of every shape that one can meet, telling of its rank there."""
 
     replica_size = 2
 
@@ -167,7 +167,9 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
             return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
         return type(a) is type(b) and a == b
 
-    return [name for name in {**one, **other} if name not in one or name not in other or not same(one[name], other[name])]
+    return [
+        name for name in {**one, **other} if name not in one or name not in other or not same(one[name], other[name])
+    ]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_another_number_of_ranks_takes_what_does_not_depend_on_it(tmp_path: Path
 
 def test_another_outer_rule_is_told_and_takes_what_it_knows(tmp_path: Path, caplog: Any) -> None:
     def body(rank: int) -> None:
-        one = Trained.saved(tmp_path / "saved", 2, "sgd", "nesterov")
+        Trained.saved(tmp_path / "saved", 2, "sgd", "nesterov")
         user = Trained(2, "sgd", "sgd-of-the-user")
         user.load(tmp_path / "saved")
         assert not any(s.optimizer.state for s in user.engine.sync.states)

@@ -159,9 +159,7 @@ def test_equal_replicas_end_by_time_at_max_steps_exactly(delay_steps: int, syncs
         ("delayed", 20, (None, None), 3, -20.0),
     ],
 )
-def test_data_that_run_out_by_steps_end_all(
-    overlap: str, max_steps: int, rows: Any, syncs: int, value: float
-) -> None:
+def test_data_that_run_out_by_steps_end_all(overlap: str, max_steps: int, rows: Any, syncs: int, value: float) -> None:
     """A sync every 10 steps, a delay of 4. At each the replicas' mean, but one without a step since has no weight."""
     replica = {"sync_interval": 10, "overlap": overlap, "delay_steps": 4}
     rows = [10**6 if own is None else own for own in rows]  # a stream, so that nobody knows of the others' ends

@@ -282,9 +282,9 @@ def test_a_trajectory_done_on_paper() -> None:
     """
     from torch.nn.parallel import DistributedDataParallel
 
-    from hf_edit.sync.engine import Engine
     from hf_edit.peers.group import ProcessGroupPeers
     from hf_edit.peers.layout import Layout
+    from hf_edit.sync.engine import Engine
 
     config = EDiTConfig(
         sync_interval=1, outer_lr=0.5, outer_momentum=0.5, weighting="uniform", anomaly_threshold=None,

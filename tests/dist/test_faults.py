@@ -117,7 +117,9 @@ def test_all_broken_goes_back_to_the_anchor(overlap: str) -> None:
     anchors: dict[int, list[list[torch.Tensor]]] = {}
 
     def keep(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:
-        state = [s.anchor.clone() for s in engine.sync.states] + [s.tensors["momentum"].clone() for s in engine.sync.states]
+        state = [s.anchor.clone() for s in engine.sync.states] + [
+            s.tensors["momentum"].clone() for s in engine.sync.states
+        ]
         anchors.setdefault(engine.peers.layout.rank, []).append(state)
 
     runs = spoiled_runs({0, 1}, math.nan, at_step=3, config=config, shape=(2, 2), seen=keep)

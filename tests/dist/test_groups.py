@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from hf_edit.config import EDiTConfig
-from hf_edit.sync.engine import Engine
 from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout, default_num_replicas
+from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import Unit, _is_gathering, find_units, like_param, local_part
 from tests.dist.nets import UNITS, Net, shard, train
 from tests.dist.threads import run_ranks

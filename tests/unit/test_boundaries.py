@@ -15,18 +15,19 @@ PACKAGE = Path(__file__).parents[2] / "hf_edit"
 # The house from the ground up: a file may import only files that stand before it in this list.
 ORDER = [
     "config",
-    *(f"method.{name}" for name in ("penalty", "plan", "outer", "schedule", "conductor")),
+    *(f"method.{name}" for name in ("penalty", "plan", "outer", "schedule", "conductor", "spikes")),
     *(f"peers.{name}" for name in ("layout", "faults", "replica", "group")),
-    *(f"sync.{name}" for name in ("units", "measure", "equality", "running", "unit_sync", "overlap", "engine")),
+    *(f"sync.{name}" for name in ("units", "measure", "equality", "running", "unit_values", "unit_sync", "overlap", "engine")),
     *(f"checkpoint.{name}" for name in ("storage", "manifest", "tensors", "outer", "state")),
-    "telemetry.logs",
+    *(f"telemetry.{name}" for name in ("logs", "journal", "wandb_run")),
     "trainer.checks",
     "trainer.accelerate_hook",
     "trainer.world",
     "trainer.progress",
-    "trainer.step",
     "trainer.randomness",
     "trainer.data",
+    "trainer.spikes",
+    "trainer.step",
     "trainer.decisions",
     "trainer.logs",
     "trainer.checkpoints",
@@ -185,7 +186,7 @@ def shared(sources: list[str]) -> set[str]:
 
 
 def test_the_parts_of_the_trainer_share_few_attributes() -> None:
-    parts = ("trainer", "step", "data", "decisions", "logs", "progress", "checkpoints")
+    parts = ("trainer", "step", "spikes", "data", "decisions", "logs", "progress", "checkpoints")
     found = shared([files()[f"trainer.{part}"].read_text(encoding="utf-8") for part in parts])
     assert len(found) <= 10, found
 

@@ -13,6 +13,8 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
@@ -297,6 +299,8 @@ def plain_trainers_checkpoints() -> dict[str, Any]:
     if dist.get_rank() == 0:
         assert plain.state.log_history[0] == resumed.state.log_history[0]
         assert "has no edit/: the outer state starts anew" in " ".join(said), said
+    if Version(transformers.__version__) < Version("5.23"):
+        return {}  # 5.17's plain Trainer cannot load an optimizer on CPUs: torch knows no device "cpu:0"
     back = run("given-back", str(FOLDER / "taken-over" / "checkpoint-12"), trainer=Trainer, steps=14)
     assert back.state.global_step == 14
     return {}

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_edit import EDiTConfig, EDiTTrainer
@@ -34,6 +35,11 @@ class MeanOfOwn(EDiTTrainer):
     """A user's own loss, which does not ask how many labels the other batches have."""
 
     loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # as it was said in transformers 5.17
+            self.model_accepts_loss_kwargs = False
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -54,12 +54,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 class Scripted:
     """Answers that depend on prompt and place alone, as long as each other, in the place of sampled ones."""
 
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any) -> Any:
+    def _generate_single_turn(self, prompts: Any, *args: Any) -> Any:
+        gets_text = isinstance(prompts[0], str)  # in TRL 0.29, which wants the prompts' tokens back
+        prompt_ids = tokenizer()(prompts)["input_ids"] if gets_text else prompts
         places = [dist.get_rank() * len(prompt_ids) + number for number in range(len(prompt_ids))]
         answers = [
             [4 + (sum(prompt) + 7 * place * (j + 1)) % 200 for j in range(ANSWER_TOKENS)]
             for prompt, place in zip(prompt_ids, places, strict=True)
         ]
+        if gets_text:
+            return (prompt_ids, answers, None, {}) if isinstance(self, GRPOTrainer) else (prompt_ids, answers)
         return (answers, None) if isinstance(self, GRPOTrainer) else answers
 
 

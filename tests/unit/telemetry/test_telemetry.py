@@ -10,14 +10,10 @@ import pytest
 import torch
 
 from hf_edit.method.plan import SyncPlan, SyncRecord
-from hf_edit.telemetry.logs import (
-    EDiTStats,
-    LossSpikeDetector,
-    alert,
-    go_offline_without_login,
-    sync_events,
-    sync_logs,
-)
+from hf_edit.telemetry.logs import EDiTStats, LossSpike, loss_spikes, sync_events, sync_logs
+from hf_edit.telemetry.wandb_run import alert, go_offline_without_login
+
+BEFORE = ("exposed", "wait", "network")
 
 
 def record(norms: list[list[float]], anomalous: list[list[bool]], restarted: Any = None) -> SyncRecord:
@@ -26,6 +22,7 @@ def record(norms: list[list[float]], anomalous: list[list[bool]], restarted: Any
     weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
     plan = SyncPlan(
         norms=torch.tensor(norms, dtype=torch.float64),
+        z=torch.zeros(bad.shape, dtype=torch.float64),
         weights=weights,
         anomalous=bad,
         restarted=torch.tensor(restarted) if restarted else torch.zeros_like(bad),
@@ -35,9 +32,11 @@ def record(norms: list[list[float]], anomalous: list[list[bool]], restarted: Any
             "inner_steps": torch.tensor([4.0, 2.0], dtype=torch.float64),
             "loss": torch.tensor([8.0, 6.0], dtype=torch.float64),
             "tokens": torch.tensor([400.0, 200.0], dtype=torch.float64),
+            "training_seconds": torch.tensor([1.0, 2.0], dtype=torch.float64),
+            **{f"before_{name}_seconds": torch.tensor([0.5, math.nan], dtype=torch.float64) for name in BEFORE},
         },
     )
-    return SyncRecord(7, plan, ["embed", "block"], 0.5, 0.2, 0.1, 1000, 3.0, 1.5, 1)
+    return SyncRecord(7, plan, ["embed", "block"], 0.5, 0.2, 0.1, 1000, 3.0, 1.5, [1.0, 0.4])
 
 
 def test_the_logs_of_a_sync() -> None:
@@ -81,20 +80,29 @@ def test_what_is_worth_an_alert() -> None:
     assert (stats.syncs, stats.anomalous_replicas, stats.rollbacks, stats.sync_bytes) == (1, 2, 1, 1000)
 
 
-def test_loss_spikes() -> None:
-    detector = LossSpikeDetector(threshold=6.0)
-    for i in range(12):
-        assert detector.update(2.0 + 0.1 * (i % 2)) is None
-    size = detector.update(4.0)
-    assert size is not None
-    assert 35 < size < 45
-    assert detector.update(2.05) is None, "a spike feeds no statistics"
-    assert detector.update(math.nan) == math.inf
+def spiking(size: float = 7.5) -> SyncRecord:
+    """Replica 1 had three spikes, and was left out of one of two units."""
+    found = record([[1.0, 2.0], [1.0, 9.0]], [[False, False], [False, True]])
+    told = dict(spikes=3, spike_size=size, spike_loss=5.25, spike_step=41, spike_epoch=1, spike_batch=17)
+    found.plan.tallies |= {name: torch.tensor([0.0, value], dtype=torch.float64) for name, value in told.items()}
+    return found
 
 
-def test_early_losses_are_no_spikes() -> None:
-    detector = LossSpikeDetector(threshold=6.0)
-    assert [detector.update(loss) for loss in (10.0, 9.0, 50.0)] == [None, None, None]
+def test_loss_spikes_are_of_the_replica_that_had_them() -> None:
+    assert loss_spikes(record([[1.0, 1.0]], [[False, False]])) == []
+    (spike,) = loss_spikes(spiking())
+    assert spike == LossSpike(1, 3, 7.5, 5.25, 41, 1, 17, 0.25, 1)
+    logs = sync_logs(spiking())
+    assert (logs["edit/loss_spikes"], logs["edit/loss_spike"]) == (3, 7.5)
+    events = dict(sync_events(spiking()))
+    assert events["EDiT: loss spike"] == (
+        "Step 41 (epoch 1, batch 17) of replica 1: the loss 5.25 lies 7.5 standard deviations above its moving mean, "
+        "the largest of 3 spikes since the last sync. Sync 7 gave it a weight of 0.25 and left it out of 1 of 2 units."
+    )
+    assert "the loss 5.25 is not finite" in dict(sync_events(spiking(math.inf)))["EDiT: loss spike"]
+    stats = EDiTStats()
+    stats.add(spiking())
+    assert stats.loss_spikes == 3
 
 
 class FakeRun:
