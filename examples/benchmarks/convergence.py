@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.bench import exit_on_signals, worker_environment
-from lib.convergence_job import BY_TIME, METHODS, SCENARIOS, SYNCHRONOUS, Job, applies, default_methods
+from lib.convergence_job import BY_TIME, METHODS, SCENARIOS, SYNCHRONOUS, Job, applies, default_methods, fault_steps
 from lib.convergence_report import draw, runs_of, tables
 from lib.cost_model import bits_per_second
 from lib.hosts import Hosts, share_cores, unavailable
@@ -165,7 +165,7 @@ def jobs(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[Job
 
 
 def make_job(arguments: argparse.Namespace, results: dict[str, Any], method: str, scenario: str, seed: int) -> Job:
-    spike = scenario.startswith("spike")
+    at_once = scenario.startswith(("spike", "nan"))
     boundary = int(arguments.fault_first * arguments.steps) // arguments.tau * arguments.tau
     return Job(
         method=method,
@@ -184,8 +184,8 @@ def make_job(arguments: argparse.Namespace, results: dict[str, Any], method: str
         learning_rate=arguments.sync_learning_rate if method in SYNCHRONOUS else arguments.learning_rate,
         evaluations=arguments.evaluations,
         validation_blocks=arguments.validation_blocks,
-        fault_first=boundary + (arguments.tau // 2 if spike else 0),
-        fault_steps=arguments.spike_steps if spike else arguments.fault_steps,
+        fault_first=boundary + (arguments.tau // 2 if at_once else 0),
+        fault_steps=fault_steps(scenario, arguments.fault_steps, arguments.spike_steps),
         fault_factor=arguments.spike_factor,
         train_file=arguments.train_file and str(arguments.train_file.resolve()),
         validation_file=arguments.validation_file and str(arguments.validation_file.resolve()),

@@ -20,6 +20,9 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "edit-no-elimination": (None, {"anomaly_threshold": None}),
     "edit-no-weighting": (None, {"weighting": "uniform"}),
     "edit-no-clipping": (None, {"max_pseudo_grad_norm": None}),
+    "edit-skip": (None, {"on_loss_spike": "skip"}),
+    "edit-rollback": (None, {"on_loss_spike": "rollback"}),
+    "edit-stop": (None, {"on_loss_spike": "stop"}),
 }
 COMPARED = ("sync", "post-local-sgd", "diloco", "edit", "edit-paper-outer", "edit-delayed", "a-edit")
 ABLATED = ("sync", "diloco", "edit", "edit-no-elimination", "edit-no-weighting", "edit-no-clipping")
@@ -27,7 +30,7 @@ BY_TIME = ("a-edit",)
 SYNCHRONOUS = ("sync", "sync-same-time")
 
 # What each scenario does to the last replica, or to all: random bytes for text, null bytes as of a file that was lost
-# and only has its length, labels in a wrong order, or a learning rate that is too high.
+# and only has its length, labels in a wrong order, a learning rate that is too high, or a loss that is NaN once.
 SCENARIOS = {
     "clean": "nothing goes wrong",
     "corrupt": "one replica reads random bytes",
@@ -35,8 +38,9 @@ SCENARIOS = {
     "labels": "one replica's labels are shuffled",
     "spike": "one replica's learning rate is too high",
     "spike-all": "every replica's learning rate is too high",
+    "nan": "the loss of one step of one replica is NaN",
 }
-ON_ONE_REPLICA = ("corrupt", "zeros", "labels", "spike")
+ON_ONE_REPLICA = ("corrupt", "zeros", "labels", "spike", "nan")
 
 
 def default_methods(scenario: str) -> tuple[str, ...]:
@@ -47,6 +51,11 @@ def default_methods(scenario: str) -> tuple[str, ...]:
 def applies(scenario: str, method: str) -> bool:
     """False where all replicas share one learning rate, so that it cannot be too high on one alone."""
     return not (scenario == "spike" and method in SYNCHRONOUS)
+
+
+def fault_steps(scenario: str, text_steps: int, rate_steps: int) -> int:
+    """How many steps go wrong."""
+    return 1 if scenario == "nan" else rate_steps if scenario.startswith("spike") else text_steps
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.bench import markdown_table, mean, subplots
-from lib.convergence_job import METHODS, SCENARIOS, SYNCHRONOUS
+from lib.convergence_job import METHODS, SCENARIOS, SYNCHRONOUS, fault_steps
 
 Run = dict[str, Any]
 
@@ -71,8 +71,8 @@ def row(results: dict[str, Any], scenario: str, method: str) -> list[str]:
     cells.append(percent(excess(runs, runs_of(results, scenario, "sync"))))
     if scenario != "clean":
         settings = results["settings"]
-        spike = scenario.startswith("spike")
-        last = settings["fault_first"] * settings["steps"] + settings["spike_steps" if spike else "fault_steps"]
+        last = settings["fault_first"] * settings["steps"]
+        last += fault_steps(scenario, settings["fault_steps"], settings["spike_steps"])
         clean = runs_of(results, "clean", method)
         after, clean_after = after_fault(runs, int(last)), after_fault(clean, int(last))
         cells.append(f"{mean([run['loss'] for run in after]):.4f}" if after else "")

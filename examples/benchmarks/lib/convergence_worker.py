@@ -145,6 +145,11 @@ class FaultyTrainer(EDiTTrainer):
             inputs = self._spoil(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        is_nan = self.job.scenario == "nan" and self.model.training and self.is_faulty
+        return loss * float("nan") if is_nan else loss
+
     def _spoil(self, inputs: dict[str, Any]) -> dict[str, Any]:
         labels = inputs["labels"]
         if self.job.scenario == "labels":
@@ -196,6 +201,7 @@ def figures(trainer: FaultyTrainer, job: Job) -> dict[str, Any]:
         "effective_replicas": statistics.fmean(e["edit/effective_replicas"] for e in syncs) if syncs else None,
         "anomalous_replicas": stats.anomalous_replicas,
         "rollbacks": stats.rollbacks,
+        "loss_spikes": stats.loss_spikes,
         "parameters": sum(parameter.numel() for parameter in build_model(job).parameters()),
         "world_size": trainer.args.world_size,
         "train_seconds": next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry),
