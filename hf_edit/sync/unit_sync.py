@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import hf_edit.sync.unit_values as unit_values
 from hf_edit.config import EDiTConfig
 from hf_edit.method.outer import OuterState, outer_rule
 from hf_edit.method.penalty import DetectorState, clip_factor, square_norm, weighed
 from hf_edit.method.plan import SyncPlan, SyncRecord, make_plan
 from hf_edit.peers.group import Conversation
 from hf_edit.peers.replica import Replica
-from hf_edit.sync import unit_values
 from hf_edit.sync.measure import Interval, Scratch, Stopwatch, phase
 from hf_edit.sync.running import Running
 from hf_edit.sync.units import Unit
