@@ -17,7 +17,7 @@ from typing import Any
 
 import datasets
 import evaluate
-from common import parse, require_columns, summarise, train_seconds, waited
+from common import parse, require_columns, resume_from, summarise, train_seconds, waited
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -104,7 +104,7 @@ def main() -> None:
         compute_metrics=accuracy_of_logits,
         edit_config=edit_config,
     )
-    trainer.train()
+    trainer.train(resume_from(args))
     best = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():

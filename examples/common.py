@@ -53,10 +53,19 @@ def parse(kinds: Sequence[type], defaults: dict[str, Any], description: str) -> 
     if not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     parser = HfArgumentParser(kinds, description=description.split("\n\n")[0])
+    if any(word.startswith("--sync_seconds") for word in sys.argv):  # a sync has one trigger
+        defaults = {name: value for name, value in defaults.items() if name != "sync_interval"}
     parser.set_defaults(**defaults)
     parsed = parser.parse_args_into_dataclasses()
     set_seed(next(part.seed for part in parsed if hasattr(part, "seed")))
     return parsed
+
+
+def resume_from(args: Any) -> str | bool | None:
+    """For `trainer.train`: the checkpoint that --resume_from_checkpoint names; with "true" the newest one, if any."""
+    if (args.resume_from_checkpoint or "").lower() != "true":
+        return args.resume_from_checkpoint
+    return any(Path(args.output_dir).glob("checkpoint-*"))
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from common import (
     load_text,
     packer,
     parse,
+    resume_from,
     starting_model,
     summarise,
     train_seconds,
@@ -90,7 +91,7 @@ def main() -> None:
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
-    trainer.train()
+    trainer.train(resume_from(args))
     trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -27,6 +27,7 @@ from common import (
     load_text,
     packer,
     parse,
+    resume_from,
     small_llama_config,
     standard_library,
     summarise,
@@ -105,7 +106,9 @@ def main() -> None:
         preprocess_logits_for_metrics=block_losses,
         edit_config=edit_config,
     )
-    trainer.train()
+    trainer.train(resume_from(args))
+    if not any("eval_loss" in e and e["step"] == trainer.state.global_step for e in trainer.state.log_history):
+        trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
         report(trainer, unigram_perplexity(train_blocks, eval_blocks, len(tokenizer)))

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import datasets
-from common import PRETRAINED, parse, require_columns, starting_model, summarise, train_seconds, waited
+from common import PRETRAINED, parse, require_columns, resume_from, starting_model, summarise, train_seconds, waited
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -90,7 +90,7 @@ def main() -> None:
         peft_config=adapters if script.lora else None,
         edit_config=edit_config,
     )
-    trainer.train()
+    trainer.train(resume_from(args))
     trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -41,12 +41,12 @@ def shown_replicas(scores: Any, room: Room) -> list[int]:
 def draw_loss(journals: Sequence[Journal], room: Room) -> Figure:
     """Loss and evaluation loss over steps, with syncs, spikes, rollbacks and resumes."""
     figure, (axis,) = new_figure(room, 3.4)
-    logged = [journal.series("loss")[1] for journal in journals]
-    top = max(_top(losses) for losses in logged)
+    known = [_losses(journal) for journal in journals]
+    top = max(_top(losses) for losses in known)
     for journal, colour in zip(journals, SERIES * len(journals), strict=False):
         _draw_losses(axis, journal, colour, room)
         _mark_losses(axis, journal, colour, top)
-    if any(max(losses, default=0.0) > top for losses in logged):
+    if any(max(losses, default=0.0) > top for losses in known):
         axis.set_ylim(top=top)
     if len(journals) == 1 and 0 < len(journals[0].syncs) <= MAX_TICKS:
         axis.plot([sync.step for sync in journals[0].syncs], [0.01] * len(journals[0].syncs), "|", color=SERIES[0],
@@ -60,6 +60,12 @@ def draw_loss(journals: Sequence[Journal], room: Room) -> Figure:
         handles = {**named, **{label: _grey(handle) for label, handle in handles.items() if label != "training"}}
     add_legend(figure, list(handles.values()), list(handles), columns=7 if room.wide else 3)
     return figure
+
+
+def _losses(journal: Journal) -> list[float]:
+    """All that were logged, and those of each replica between syncs."""
+    by_replica = journal.per_replica("losses")
+    return [*journal.series("loss")[1], *by_replica[np.isfinite(by_replica)].tolist()]
 
 
 def _top(losses: Sequence[float]) -> float:
@@ -149,7 +155,10 @@ def draw_bytes(journals: Sequence[Journal], room: Room) -> Figure:
                 axis.annotate(bytes_text(values[-1]), (steps[-1], values[-1]), xytext=(4, 0), va="center",
                               textcoords="offset points", fontsize=8, annotation_clip=False)  # fmt: skip
     axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.grid(axis="y")
     axis.set_ylabel("sent by a rank")
     step_axis(axis)

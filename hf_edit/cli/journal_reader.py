@@ -70,6 +70,7 @@ class Journal:
 
     @property
     def units(self) -> list[str]:
+        """Their names, in the order of the tables."""
         return [str(name) for name in self.run.get("units", [])]
 
     @property

@@ -143,6 +143,7 @@ def headlines(journal: Journal) -> list[Headline]:
     _, sent, averaging = cumulative_bytes(journal)
     ratio = averaging[-1] / sent[-1] if len(syncs) and sent[-1] > 0 else math.nan
     _, losses = journal.series("loss")
+    last = min(10, max(1, len(losses) // 20))
     evaluated = journal.series(journal.eval_key() or "")[1]
     tokens = float(np.nansum(journal.per_replica("tokens").sum(axis=1) * stands_for(journal))) if syncs else 0.0
     effective = [sync.effective_replicas for sync in syncs if math.isfinite(sync.effective_replicas)]
@@ -157,7 +158,7 @@ def headlines(journal: Journal) -> list[Headline]:
         Headline("Waited for syncs", f"{exposed_share(journal):.1%}", "of the time, in replica 0"),
         Headline("Sent by a rank", bytes_text(sent[-1]) if syncs else "0 B",
                  f"{bytes_text(averaging[-1])} by averaging every gradient ({ratio:.1f} times)" if ratio > 0 else ""),
-        Headline("Loss", f"{np.mean(losses[-10:]):.3f}" if losses else "-", "mean of the last logs"),
+        Headline("Loss", f"{np.mean(losses[-last:]):.3f}" if losses else "-", f"mean of the last {last} logs" if last > 1 else "the last log"),
         Headline("Evaluation loss", f"{evaluated[-1]:.3f}" if evaluated else "-",
                  f"lowest {min(evaluated):.3f}" if evaluated else "none was logged"),
         Headline("Loss spikes", f"{sum(int(spike.get('count') or 1) for spike in journal.spikes):,}",
@@ -170,6 +171,7 @@ def headlines(journal: Journal) -> list[Headline]:
 
 
 def num_syncs(journal: Journal) -> int:
+    """With those whose records were thinned out."""
     return int(stands_for(journal).sum())
 
 
@@ -199,6 +201,7 @@ def findings(journal: Journal) -> list[str]:
 
 
 def malformed_text(journal: Journal) -> str:
+    """What was skipped, and why that is usual."""
     return (
         f"{journal.malformed} malformed line{'s' * (journal.malformed > 1)} skipped (a training that is killed cuts "
         "off its last one)."
@@ -207,16 +210,18 @@ def malformed_text(journal: Journal) -> str:
 
 def _about_time(journal: Journal) -> list[str]:
     _, shares = time_shares(journal, 1)
-    computing, exposed, waiting = shares[:, 0, :]
+    _, exposed, waiting = shares[:, 0, :]
+    settings = journal.run.get("settings") or {}
+    more = "a larger delay_steps" if settings.get("overlap") == "delayed" else 'overlap="delayed"'
+    rarer = f"A larger {'sync_seconds' if settings.get('sync_seconds') else 'sync_interval'} makes that rarer"
+    instead = "" if settings.get("sync_seconds") else ", and with sync_seconds (A-EDiT) a fast replica takes more steps"
     found = []
     if exposed.max() > 0.05:
         found.append(f"Replica {exposed.argmax()} spent {exposed.max():.0%} of its time on traffic that nothing hid. "
-                     'A larger sync_interval sends less often; overlap="delayed" hides more.')  # fmt: skip
+                     f"{rarer}; {more} hides more.")  # fmt: skip
     if waiting.max() > 0.05:
-        found.append(
-            f"Replica {waiting.argmax()} spent {waiting.max():.0%} of its time waiting for others, replica "
-            f"{computing.argmax()} the least. With sync_seconds (A-EDiT) a fast replica takes more steps instead."
-        )
+        found.append(f"Replica {waiting.argmax()} spent {waiting.max():.0%} of its time waiting for others, replica "
+                     f"{waiting.argmin()} {waiting.min():.0%}. {rarer}{instead}.")  # fmt: skip
     return found
 
 
@@ -273,6 +278,7 @@ class Row:
 
     @property
     def differs(self) -> bool:
+        """Between the runs."""
         return len(set(self.values)) > 1
 
 

@@ -114,7 +114,7 @@ class _HelpOnAll(argparse.Action):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "hf-edit plan --parameters N --replicas R --step-seconds S --rate RATE [..]"
+    parser.usage = "hf-edit plan --parameters N --replicas R --step-seconds S --rate RATE ..."
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30)
     for flag, kind, default, metavar, text in EVERYDAY:
         parser.add_argument(flag, type=KINDS[kind], default=default, metavar=metavar, help=text)

@@ -130,15 +130,9 @@ def _sections(journals: Sequence[Journal]) -> list[Section]:
     most = drawing.rooms(len(journals))["narrow"].replicas
     synced = [journal for journal in journals if journal.syncs]
     tables = [j for j in synced if j.units and any(sync.norms is not None for sync in j.syncs)]
-    thinned = " Where the journal was thinned, a column repeats the one before." * any(
-        sync.norms is None for journal in tables for sync in journal.syncs
-    )
     some = f" Of more than {most} replicas, those are shown where most happened." * any(
         journal.num_replicas > most for journal in synced
     )
-
-    def each(found: Sequence[Journal], draw: Any, alt: Callable[[Journal], str], **more: Any) -> list[Item]:
-        return [Item(journal.name, partial(draw, journal, **more), alt(journal)) for journal in found]
 
     return [
         Section(
@@ -156,7 +150,7 @@ def _sections(journals: Sequence[Journal]) -> list[Section]:
             "that came later." + some,
             "much yellow: the network is too slow for this sync interval. Much red: the replicas differ in speed; the "
             "one without red is the slow one.",
-            each(synced, figures.draw_time, _time_text),
+            _each(synced, figures.draw_time, _time_text),
         ),
         Section(
             "bytes", "Sent between replicas",
@@ -170,25 +164,39 @@ def _sections(journals: Sequence[Journal]) -> list[Section]:
             "Steps that each replica took between two syncs. Equal where syncs go by steps; by time (A-EDiT) a fast "
             "replica takes more." + some,
             "a replica that falls off in the middle of a run: its machine has become slow.",
-            each([journal for journal in synced if _uneven(journal)], figures.draw_steps, _steps_text),
+            _each([journal for journal in synced if _uneven(journal)], figures.draw_steps, _steps_text),
             " ".join(_even_text(journal) for journal in synced if not _uneven(journal)),
         ),
+        *_unit_sections(tables, some),
+    ]  # fmt: skip
+
+
+def _unit_sections(tables: Sequence[Journal], some: str) -> list[Section]:
+    from hf_edit.cli import figures
+
+    if any(sync.norms is None for journal in tables for sync in journal.syncs):
+        some += " Where the journal was thinned, a column repeats the one before."
+    return [
         Section(
             "norms", "Norms",
             "How far each replica moved each part of the model (unit) between two syncs: the norm of its "
             "pseudo-gradient. Red: the replica was left out of that unit's average, as its norm was not finite or far "
-            f"above its own past.{thinned}{some}",
+            f"above its own past.{some}",
             "red that stays in one replica, or a column of red in all of them: the unit was rolled back.",
-            each(tables, figures.draw_units, partial(_units_text, "Norms"), which="norms"),
+            _each(tables, figures.draw_units, partial(_units_text, "Norms"), which="norms"),
         ),
         Section(
             "weights", "Weights",
-            f"What each replica counted in the average of each unit. Red: left out, weight 0.{thinned}{some}",
+            f"What each replica counted in the average of each unit. Red: left out, weight 0.{some}",
             'one replica bright and the others dark for long: it decides alone. Then weighting="relative" or '
             '"uniform" uses them all.',
-            each(tables, figures.draw_units, partial(_units_text, "Weights"), which="weights"),
+            _each(tables, figures.draw_units, partial(_units_text, "Weights"), which="weights"),
         ),
     ]  # fmt: skip
+
+
+def _each(journals: Sequence[Journal], draw: Any, alt: Callable[[Journal], str], **more: Any) -> list[Item]:
+    return [Item(journal.name, partial(draw, journal, **more), alt(journal)) for journal in journals]
 
 
 def _draw(section: Section, num_runs: int, folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 KEEP_SECONDS = 10.0  # after its end, and at least until KEEP_LATER more have begun, a collective is kept
 KEEP_LATER = 16
 GRACE_SECONDS = 1.0
+LOOK_SECONDS = 10.0  # for the rendezvous store to answer
 SAY_AFTER_SECONDS = 30.0  # that a replica has waited for others, who they are
 
 
@@ -149,12 +150,20 @@ class Arrivals:
                 self._layout.replica, seconds, missing, self._timeout_seconds,
             )  # fmt: skip
 
-    def missing_replicas(self) -> list[int]:
-        """Those with a rank that has not come to the exchange this one is at."""
+    def missing_replicas(self) -> list[int] | None:
+        """Those with a rank that has not come to the exchange this one is at; None if that cannot be found out."""
         if (store := default_store()) is None:
             return []
         replicas = [self._layout.replica_ranks(i) for i in range(self._layout.num_replicas)]
-        return [i for i, ranks in enumerate(replicas) if any(_reported(store, rank) < self.count for rank in ranks)]
+        found: list[int] = []
+
+        def look() -> bool:
+            found.extend(
+                i for i, ranks in enumerate(replicas) if any(_reported(store, rank) < self.count for rank in ranks)
+            )
+            return True
+
+        return found if within(LOOK_SECONDS, look) else None
 
     @contextlib.contextmanager
     def blame(self) -> Iterator[None]:
@@ -164,17 +173,32 @@ class Arrivals:
             yield
         except RuntimeError as error:
             waited = time.monotonic() - started
-            try:
-                missing = self.missing_replicas()
-            except RuntimeError:
+            missing = self.missing_replicas()
+            who = f"replicas {missing} did not come to it" if missing else (
+                "all had come; a connection has broken, or a process has died in the middle"
+            )  # fmt: skip
+            if missing is None:
                 who = "the process that keeps the rendezvous (rank 0) cannot be reached either"
-            else:
-                who = f"replicas {missing} did not come to it" if missing else "which one broke it off is not known"
             raise RuntimeError(
                 f"An exchange between the replicas failed on replica {self._layout.replica} after {waited:.1f} s: "
                 f"{who}. The limit is sync_timeout_seconds={self._timeout_seconds:g}. "
                 f"Start again from the last saved model once all hosts are back. Cause: {error}"
             ) from error
+
+
+def within(seconds: float, job: Callable[[], bool]) -> bool:
+    """The result of `job`; False if it fails, or has none after `seconds` (on a thread, which is left behind: a
+    connection that is dead, but not closed, keeps its reader for ever)."""
+    results: list[bool] = []
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):  # torch's DistError and gloo's; False says it
+            results.append(job())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(results and results[0])
 
 
 def _key(rank: int) -> str:

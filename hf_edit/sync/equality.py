@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -48,15 +49,25 @@ class Buffers:
 
 
 def check_agreement(model: nn.Module, config: EDiTConfig, peers: Peers) -> None:
-    """All ranks must have the same configuration and a model of the same shape."""
+    """All ranks must have the same hf_edit, the same configuration and a model of the same shape.
+
+    Raises:
+        ValueError: which of these differs, and on which ranks.
+    """
     shapes = [(name, tuple(p.shape), p.requires_grad) for name, p in unwrap(model).named_parameters()]
-    mine = {**config.to_dict(), "model": hashlib.sha256(repr(shapes).encode()).hexdigest()}
+    versions = {name: version(name) for name in ("hf_edit", "torch", "transformers", "accelerate")}
+    mine = {**config.to_dict(), **versions, "model": hashlib.sha256(repr(shapes).encode()).hexdigest()}
     everyone: list[dict[str, Any]] = peers.gather_object(mine)
     differing = {
-        name: {rank: other[name] for rank, other in enumerate(everyone)}
-        for name in mine
-        if any(other[name] != everyone[0][name] for other in everyone)
+        name: {rank: other.get(name) for rank, other in enumerate(everyone)}
+        for name in dict.fromkeys(name for other in everyone for name in other)
+        if any(other.get(name) != everyone[0].get(name) for other in everyone)
     }
+    if "hf_edit" in differing:
+        raise ValueError(f"hf_edit's versions by rank: {differing['hf_edit']}. Install the same one on every host.")
+    others = {name: differing.pop(name) for name in versions if name in differing}
+    if others and peers.layout.rank == 0:
+        logger.warning("EDiT: the hosts have different versions, by rank: %s.", others)
     if "model" in differing:
         raise ValueError(
             "The model's parameters (names, shapes, or which of them are trained) differ between the ranks: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_edit.config import EDiTConfig
+from hf_edit.peers import faults
 from hf_edit.peers.faults import Arrivals, default_store
 from hf_edit.peers.layout import Layout
 from tests.dist.nets import Run, full, train
@@ -188,3 +190,20 @@ def test_the_rendezvous_store_is_where_torch_keeps_it() -> None:
         return store.check([f"here/{1 - rank}"])
 
     assert run_ranks(2, body) == [True, True]
+
+
+def test_a_store_that_does_not_answer_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over a connection that is dead, but not closed."""
+
+    class Silent:
+        def check(self, keys: list[str]) -> bool:
+            time.sleep(30)
+            return True
+
+    monkeypatch.setattr(faults, "default_store", Silent)
+    monkeypatch.setattr(faults, "LOOK_SECONDS", 0.2)
+    arrivals, begun = Arrivals(Layout(2, 1, 0), 5.0), time.monotonic()
+    with pytest.raises(RuntimeError, match=r"\(rank 0\) cannot be reached either"), arrivals.blame():
+        raise RuntimeError("Connection reset by peer")
+    arrivals.say_who_is_missing(31.0)
+    assert time.monotonic() - begun < 5

@@ -187,6 +187,8 @@ TRAINERS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "GRPO": (EDiTGRPO, GRPOConfig, {"loss_type": "grpo"}),
     "an entropy quantile": (EDiTGRPO, GRPOConfig, {"loss_type": "bnpo", "entropy_coef": 0.1}),
 }
+if not hasattr(GRPOConfig, "entropy_coef"):  # TRL 0.29
+    del TRAINERS["an entropy quantile"]
 
 
 def trl_trainers_agree_with_plain_ones() -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_headlines(tmp_path: Path) -> None:
 
 def test_findings(tmp_path: Path) -> None:
     text = " ".join(findings(journal_of(tmp_path, FakeRun(**SMALL))))
-    assert "Replica 0 spent 26% of its time waiting for others, replica 3 the least." in text
+    assert "Replica 0 spent 26% of its time waiting for others, replica 3 0%." in text
     assert "Replica 1 was left out of units in 2 of 20 syncs, the most of all." in text
     assert "3 times a unit went back" in text
     assert "A loss spike: replica 1, step 140: the loss of 6.9 lay 17.3 standard deviations above its mean" in text
