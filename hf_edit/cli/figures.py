@@ -14,7 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap, LogNorm, 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from hf_edit.cli.drawing import Room, add_legend, new_figure, plain, step_axis, whole_numbers
 from hf_edit.cli.journal_reader import Journal
@@ -47,7 +47,8 @@ def draw_loss(journals: Sequence[Journal], room: Room) -> Figure:
         _draw_losses(axis, journal, colour, room)
         _mark_losses(axis, journal, colour, top)
     if any(max(losses, default=0.0) > top for losses in known):
-        axis.set_ylim(top=top)
+        lowest = min(min(losses, default=top) for losses in known)
+        axis.set_ylim(lowest - 0.05 * (top - lowest), top)
     if len(journals) == 1 and 0 < len(journals[0].syncs) <= MAX_TICKS:
         axis.plot([sync.step for sync in journals[0].syncs], [0.01] * len(journals[0].syncs), "|", color=SERIES[0],
                   markersize=7, transform=axis.get_xaxis_transform(), label="sync", zorder=3)  # fmt: skip

@@ -158,7 +158,7 @@ def headlines(journal: Journal) -> list[Headline]:
         Headline("Waited for syncs", f"{exposed_share(journal):.1%}", "of the time, in replica 0"),
         Headline("Sent by a rank", bytes_text(sent[-1]) if syncs else "0 B",
                  f"{bytes_text(averaging[-1])} by averaging every gradient ({ratio:.1f} times)" if ratio > 0 else ""),
-        Headline("Loss", f"{np.mean(losses[-last:]):.3f}" if losses else "-", f"mean of the last {last} logs" if last > 1 else "the last log"),
+        Headline("Loss", f"{np.mean(losses[-last:]):.3f}" if losses else "-", f"mean of the last {last} logged"),
         Headline("Evaluation loss", f"{evaluated[-1]:.3f}" if evaluated else "-",
                  f"lowest {min(evaluated):.3f}" if evaluated else "none was logged"),
         Headline("Loss spikes", f"{sum(int(spike.get('count') or 1) for spike in journal.spikes):,}",

@@ -125,7 +125,8 @@ class Section:
 
 
 def _sections(journals: Sequence[Journal]) -> list[Section]:
-    from hf_edit.cli import drawing, figures
+    import hf_edit.cli.drawing as drawing
+    import hf_edit.cli.figures as figures
 
     most = drawing.rooms(len(journals))["narrow"].replicas
     synced = [journal for journal in journals if journal.syncs]
@@ -172,7 +173,7 @@ def _sections(journals: Sequence[Journal]) -> list[Section]:
 
 
 def _unit_sections(tables: Sequence[Journal], some: str) -> list[Section]:
-    from hf_edit.cli import figures
+    import hf_edit.cli.figures as figures
 
     if any(sync.norms is None for journal in tables for sync in journal.syncs):
         some += " Where the journal was thinned, a column repeats the one before."
@@ -203,7 +204,7 @@ def _draw(section: Section, num_runs: int, folder: Path) -> list[Path]:
     """Puts the SVGs into the section's items, and the PNGs into `folder`."""
     import matplotlib
 
-    from hf_edit.cli import drawing
+    import hf_edit.cli.drawing as drawing
 
     written = []
     for place, item in enumerate(section.items):

@@ -11,7 +11,7 @@ One rank of a job writes it. A line is a JSON object with a "kind":
     end     the totals
 
 What is not finite is null. Beyond `LIMIT_BYTES` the file is thinned: every second sync loses its numbers by unit, then
-they all, then every second line but those of runs goes.
+they all; then every second log goes, and of what is left every second sync or log.
 """
 
 from __future__ import annotations
@@ -174,8 +174,9 @@ def _plain(value: Any) -> Any:
 def _thinner() -> Iterator[Callable[[list[str]], list[str]]]:
     yield lambda lines: _without_units(lines, 2)
     yield lambda lines: _without_units(lines, 1)
+    yield lambda lines: _every_second(lines, ("log",))
     for _ in range(20):
-        yield _every_second
+        yield lambda lines: _every_second(lines, ("log", "sync"))
 
 
 def _without_units(lines: list[str], every: int) -> list[str]:
@@ -192,6 +193,14 @@ def _without_units(lines: list[str], every: int) -> list[str]:
     return found
 
 
-def _every_second(lines: list[str]) -> list[str]:
-    kept = ('{"kind":"run"', '{"kind":"end"')
-    return [line for number, line in enumerate(lines) if number % 2 == 0 or line.startswith(kept)]
+def _every_second(lines: list[str], kinds: tuple[str, ...]) -> list[str]:
+    """Without every second line of these kinds."""
+    found, counts = [], dict.fromkeys(kinds, 0)
+    for line in lines:
+        kind = line.removeprefix('{"kind":"').partition('"')[0]
+        if kind in counts:
+            counts[kind] += 1
+            if counts[kind] % 2 == 0:
+                continue
+        found.append(line)
+    return found

@@ -59,7 +59,8 @@ class TrainerLogs(_TrainerToBe):
 
     def _note_log(self, logs: dict[str, Any]) -> None:
         """What the Trainer has logged; syncs have lines of their own."""
-        if self._journal is not None and (entry := {k: v for k, v in logs.items() if not k.startswith("edit/")}):
+        entry = {name: value for name, value in logs.items() if not name.startswith("edit/")}
+        if self._journal is not None and set(entry) - {"epoch", "num_input_tokens_seen"}:
             self._journal.log(self.state.global_step, entry)
 
     def _close_journal(self) -> None:

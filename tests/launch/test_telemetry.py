@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import struct
 from collections import defaultdict
 from pathlib import Path
@@ -83,3 +84,7 @@ def test_trackers_get_every_sync(tmp_path: Path) -> None:
     exposed = events.Scalars("train/edit/exposed_seconds")
     assert len(exposed) == told["syncs"]
     assert [event.step for event in exposed] == [entry["train/global_step"] for entry in syncs]
+
+    with sqlite3.connect(folder / "trackio" / "huggingface.db") as database:
+        rows = [json.loads(row[0]) for row in database.execute("select metrics from metrics order by id")]
+    assert len([row for row in rows if "train/edit/exposed_seconds" in row]) == told["syncs"]

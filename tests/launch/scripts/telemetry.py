@@ -203,7 +203,7 @@ class Bar(TrainerCallback):
 
 
 def reports_to_trackers() -> dict[str, Any]:
-    """W&B (offline) and TensorBoard get every sync; the progress bar shows the last one."""
+    """W&B (offline), TensorBoard and trackio get every sync; the progress bar shows the last one."""
     bar = Bar()
     bar.texts = []
 
@@ -214,10 +214,11 @@ def reports_to_trackers() -> dict[str, Any]:
 
     place = FOLDER.absolute() / "trackers"
     os.environ.update(WANDB_DIR=str(place), WANDB_MODE="offline", TENSORBOARD_LOGGING_DIR=str(place / "tensorboard"))
+    os.environ.update(TRACKIO_DIR=str(place / "trackio"), HF_HUB_OFFLINE="1")
     place.mkdir(exist_ok=True)
     forget_trainings()
     kind = type("Reporting", (Reporting,), {"factor": 30.0})
-    settings = dict(report_to=["wandb", "tensorboard"], disable_tqdm=False, max_steps=STEPS)
+    settings = dict(report_to=["wandb", "tensorboard", "trackio"], disable_tqdm=False, max_steps=STEPS)
     trainer = train(EDiTConfig(sync_interval=TAU), trainer=kind, output_dir=str(place / "out"), **settings)
     if dist.get_rank() == 0:
         import wandb

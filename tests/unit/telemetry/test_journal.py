@@ -63,13 +63,17 @@ def test_it_is_bounded_and_keeps_runs_and_the_newest(tmp_path: Path) -> None:
     sizes = []
     for step in range(400):
         journal.sync(step, record([[1.0, 2.0]] * 2, [[False, False]] * 2))
+        journal.log(step, {"loss": 2.0})
+        if step % 100 == 0:
+            journal.write("event", step=step, title="EDiT: rollback", text="")
         sizes.append(path.stat().st_size)
     assert max(sizes) < limit + 2_000
     assert min(sizes[100:]) > limit / 8, "too much was thrown away"
     kept = lines(path)
     assert kept[0]["kind"] == "run"
     assert kept[-1]["step"] == 399
-    assert "norms" in kept[-1]
+    assert "norms" in [entry for entry in kept if entry["kind"] == "sync"][-1]
+    assert len([entry for entry in kept if entry["kind"] == "event"]) == 4, "what happened is kept"
     steps = [entry["step"] for entry in kept]
     assert steps == sorted(steps)
     assert not list(tmp_path.glob("*.tmp"))
