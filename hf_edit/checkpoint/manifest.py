@@ -22,7 +22,7 @@ from hf_edit.checkpoint.storage import needed_files, sync_to_disk
 from hf_edit.sync.units import named_tensors
 
 EDIT_FOLDER = "edit"
-FORMAT = 2
+FORMAT = 3
 MARK = "EDiTCheckpointMark"  # in trainer_state.json, with the step: this checkpoint has an edit/
 
 
