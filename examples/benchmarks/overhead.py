@@ -7,7 +7,8 @@ Pairs of trainings of the same Llama on the same data, in alternating order. One
 against one with Trainer. Two replicas of one rank: both ranks of an EDiT run between two syncs, against two plain
 trainings that know nothing of each other, at the same time on the same cores. A training's figure is the first
 quintile of its steps' durations, since whatever else the machine does only lengthens steps; what is reported is the
-median of the pairs' ratios.
+median of the pairs' ratios. Telemetry is too little for such pairs: there, two replicas sync every 16 steps, and the
+seconds inside its calls (the loss of each step, the journal's lines) are compared with those of all else.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ WARM_UP_STEPS = 5
 COMPARISONS = {
     "one_replica": "one replica, a step",
     "inner_step_of_two_replicas": "two replicas, an inner step",
+    "telemetry": "two replicas with telemetry, over the same without",
 }
+TELEMETRY = ("_add_to_step_loss", "_watch_loss", "_spike_tallies", "_note_sync", "_note_log")  # methods of EDiTTrainer
 
 
 def step_seconds(kind: str, steps: int) -> float:
-    """The duration of a step of one training in this process: the quickest fifth's longest."""
+    """The duration of a step of one training in this process, the quickest fifth's longest; for the kind "telemetry"
+    that of all steps over what it is without telemetry's calls."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -47,6 +51,19 @@ def step_seconds(kind: str, steps: int) -> float:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.ticks.append(time.perf_counter())
+
+    inside = 0.0
+
+    def timed(name: str) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            begun = time.perf_counter()
+            try:
+                return getattr(EDiTTrainer, name)(self, *args, **kwargs)
+            finally:
+                inside += time.perf_counter() - begun
+
+        return call
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -59,11 +76,18 @@ def step_seconds(kind: str, steps: int) -> float:
         logging_steps=5, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     rows = [{"input_ids": row, "labels": row} for row in tokens]
-    settings: dict[str, Any] = {"edit_config": {"sync_interval": 100_000}} if kind == "edit" else {}
-    trainer = (EDiTTrainer if kind == "edit" else Trainer)(
-        model=model, args=args, train_dataset=rows, callbacks=[Clock], **settings
-    )
+    classes = {
+        "plain": Trainer,
+        "edit": EDiTTrainer,
+        "telemetry": type("Timed", (EDiTTrainer,), {name: timed(name) for name in TELEMETRY}),
+    }
+    tau = 16 if kind == "telemetry" else 100_000
+    settings: dict[str, Any] = {} if kind == "plain" else {"edit_config": {"sync_interval": tau}}
+    trainer = classes[kind](model=model, args=args, train_dataset=rows, callbacks=[Clock], **settings)
     trainer.train()
+    if kind == "telemetry":
+        all_seconds = Clock.ticks[-1] - Clock.ticks[0]
+        return all_seconds / (all_seconds - inside)
     ticks = Clock.ticks[WARM_UP_STEPS - 1 :]
     return statistics.quantiles((after - before for before, after in itertools.pairwise(ticks)), n=5)[0]
 
@@ -79,6 +103,11 @@ def two_replicas(kind: str, steps: int) -> float:
     return _in_processes(
         [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *worker]]
     )
+
+
+def telemetry(pairs: int, steps: int) -> dict[str, Any]:
+    ratios = [two_replicas("telemetry", steps) for _ in range(pairs)]
+    return {"ratio": statistics.median(ratios), "ratios": ratios}
 
 
 def _in_processes(commands: list[list[str]]) -> float:
@@ -121,15 +150,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--pairs", type=int, default=9, help="pairs of trainings for each comparison (9)")
     parser.add_argument("--steps", type=int, default=150, help="steps of a training (150)")
+    parser.add_argument("--comparisons", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), metavar="NAME",
+                        help=f"of {', '.join(COMPARISONS)} (all)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="JSONL", help="add the figures to this file")
-    parser.add_argument("--worker", choices=["plain", "edit"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["plain", "edit", "telemetry"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         print(f"step_seconds {step_seconds(arguments.worker, arguments.steps)}", flush=True)
         return
     results = open_results(arguments.json, {"pairs": arguments.pairs, "steps": arguments.steps})
-    for name, step_time in zip(COMPARISONS, (one_replica, two_replicas), strict=True):
-        figures = compare(step_time, arguments.pairs, arguments.steps)
+    for name in arguments.comparisons:
+        if name == "telemetry":
+            figures = telemetry(arguments.pairs, arguments.steps)
+        else:
+            measure = one_replica if name == "one_replica" else two_replicas
+            figures = compare(measure, arguments.pairs, arguments.steps)
         add_run(results, {"comparison": name, **figures}, arguments.json)
     print("\n" + table(results))
 
