@@ -210,8 +210,10 @@ class Engine:
     def _wait_for_training_replicas(self) -> None:
         """They may be an interval away: longer than any wait between replicas that are on their way to a sync."""
         steps = max(1, self.schedule.step - self._first_step)
-        interval_seconds = self.config.sync_interval * (self._clock() - self._started_at) / steps
+        begun_at = self._clock()
+        interval_seconds = self.config.sync_interval * (begun_at - self._started_at) / steps
         self.peers.wait_for_arrivals(PATIENCE_INTERVALS * interval_seconds)
+        self.sync.interval.rested_seconds += self._clock() - begun_at
 
     def _sync(self, requests: Collection[str]) -> set[str]:
         while True:  # until all agree to it

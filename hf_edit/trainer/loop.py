@@ -82,6 +82,11 @@ class EDiT:
                 f"The model is a plain {type(model).__name__}. Give EDiT what accelerator.prepare(model, optimizer) "
                 "returned."
             )
+        if self.config.on_loss_spike != "log":
+            raise ValueError(
+                f"on_loss_spike={self.config.on_loss_spike!r} is EDiTTrainer's alone: in a loop of your own you see the "
+                'loss before you step. Leave out the step yourself, and set on_loss_spike="log".'
+            )
         check_optimizer(optimizer, self.layout, self.config)
         keep_loader_local(accelerator)
         self._peers = ProcessGroupPeers(self.layout, self.config.longest_wait_seconds)

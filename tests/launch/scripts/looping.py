@@ -261,6 +261,8 @@ def what_a_loop_refuses() -> dict[str, Any]:
         EDiT(Accelerator(), loop.model, loop.optimizer, config)
     with pytest.raises(ValueError, match="but the Accelerator was made for"):
         EDiT(loop.accelerator, loop.model, loop.optimizer, EDiTConfig(num_replicas=3))
+    with pytest.raises(ValueError, match="on_loss_spike='skip' is EDiTTrainer's alone"):
+        EDiT(loop.accelerator, loop.model, loop.optimizer, EDiTConfig(on_loss_spike="skip"))
     with pytest.raises(ValueError, match="SelfMoving moves the parameters by its own state"):
         EDiT(loop.accelerator, loop.model, SelfMoving(loop.model.parameters()), config)
     tied = make_model()
