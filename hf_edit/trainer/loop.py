@@ -84,8 +84,8 @@ class EDiT:
             )
         if self.config.on_loss_spike != "log":
             raise ValueError(
-                f"on_loss_spike={self.config.on_loss_spike!r} is EDiTTrainer's alone: in a loop of your own you see the "
-                'loss before you step. Leave out the step yourself, and set on_loss_spike="log".'
+                f"on_loss_spike={self.config.on_loss_spike!r} is EDiTTrainer's alone: in a loop of your own you see "
+                'the loss before you step. Leave out the step yourself, and set on_loss_spike="log".'
             )
         check_optimizer(optimizer, self.layout, self.config)
         keep_loader_local(accelerator)

@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "edit-skip": (None, {"on_loss_spike": "skip"}),
     "edit-rollback": (None, {"on_loss_spike": "rollback"}),
     "edit-stop": (None, {"on_loss_spike": "stop"}),
+    "edit-skip-64": (None, {"on_loss_spike": "skip", "max_consecutive_spikes": 64}),
 }
 COMPARED = ("sync", "post-local-sgd", "diloco", "edit", "edit-paper-outer", "edit-delayed", "a-edit")
 ABLATED = ("sync", "diloco", "edit", "edit-no-elimination", "edit-no-weighting", "edit-no-clipping")
