@@ -74,7 +74,7 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def main() -> None:
-    script, args, edit_config = parse((ScriptArguments, TrainingArguments, EDiTConfig), DEFAULTS, __doc__)
+    script, edit_config, args = parse((ScriptArguments, EDiTConfig, TrainingArguments), DEFAULTS, __doc__)
     with args.main_process_first(desc="preparing the data"):  # the others then read what it has written
         texts = load_texts(script)
         num_labels = max(texts["train"]["label"]) + 1

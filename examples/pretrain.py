@@ -79,7 +79,7 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def main() -> None:
-    script, args, edit_config = parse((ScriptArguments, TrainingArguments, EDiTConfig), DEFAULTS, __doc__)
+    script, edit_config, args = parse((ScriptArguments, EDiTConfig, TrainingArguments), DEFAULTS, __doc__)
     with args.main_process_first(desc="preparing the data"):  # the others then read the caches
         documents = load_documents(script)
         tokenizer = load_tokenizer(script, args, documents)
@@ -234,6 +234,7 @@ def report(trainer: EDiTTrainer, unigram: float) -> None:
         waited(stats.exposed_seconds, seconds),
         ("sent between replicas", sent(stats)),
         ("saved in", f"{folder} (model, tokenizer, loss.png, summary.json)"),
+        ("more", f"hf-edit report {folder}"),
     ]
     summarise(folder, summary, rows)
 
@@ -245,10 +246,11 @@ def show(perplexity: float | None) -> str:
 def sent(stats: Any) -> str:
     if not stats.hsdp_bytes:
         return "nothing (one replica)"
-    share = stats.hsdp_bytes / max(stats.sync_bytes, 1)
+    mine, everything = stats.sync_bytes + stats.warmup_bytes, stats.hsdp_bytes + stats.warmup_bytes
+    warm_up = f" ({stats.warmup_bytes / 1e6:.1f} of it in the warm-up)" if stats.warmup_bytes else ""
     return (
-        f"{stats.sync_bytes / 1e6:.1f} MB a rank; averaging every gradient would have sent "
-        f"{stats.hsdp_bytes / 1e6:.1f} MB ({share:.1f} times)"
+        f"{mine / 1e6:.1f} MB a rank{warm_up}; averaging every gradient would have sent {everything / 1e6:.1f} MB "
+        f"({everything / max(mine, 1):.1f} times)"
     )
 
 

@@ -70,7 +70,7 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def main() -> None:
-    script, args, edit_config = parse((ScriptArguments, SFTConfig, EDiTConfig), DEFAULTS, __doc__)
+    script, edit_config, args = parse((ScriptArguments, EDiTConfig, SFTConfig), DEFAULTS, __doc__)
     with args.main_process_first(desc="preparing the data"):  # the others then read what it has written
         examples = load_examples(script).train_test_split(script.eval_examples, seed=0)
         texts = (row["prompt"] + row["completion"] for row in examples["train"])

@@ -123,6 +123,10 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         with findings.refusing():
             lines = _check(arguments, findings)
+        if arguments.step_seconds is not None:
+            findings.notes.append(
+                "--step_seconds has no effect without --measure. For a link whose rate you know: hf-edit plan."
+            )
     if first:  # at once: a launcher ends this rank when another one has ended
         for kind, texts in (("note", findings.notes), ("warning", findings.warnings), ("refused", findings.refusals)):
             lines += [f"\n{kind}: {text}" for text in texts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -17,11 +18,31 @@ COMMANDS = {
 }
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A command's: a flag's words may be joined by "-" or "_", and an unknown one is answered by the command itself."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # Protected in argparse of Python 3.10 to 3.14, which tells subclasses of no public way to the flags.
+        flags = list(self._option_string_actions)
+        spelled = {flag.replace("_", "-"): flag for flag in flags}
+        given = [*(sys.argv[1:] if args is None else args)]
+        for place, word in enumerate(given):
+            name, equals, value = word.partition("=")
+            if name.startswith("--") and name not in flags:
+                given[place] = spelled.get(name.replace("_", "-"), name) + equals + value
+        found, unknown = super().parse_known_args(given, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], flags, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unknown: {' '.join(unknown)}{meant} `{self.prog} --help` lists all flags")
+        return found, unknown
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the command line `words` (default: the process's own); its exit code."""
     words = sys.argv[1:] if words is None else list(words)
     parser = argparse.ArgumentParser(prog="hf-edit", description=__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if words[:1] == [name]:  # the others' modules are not loaded

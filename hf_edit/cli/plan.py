@@ -30,11 +30,11 @@ from hf_edit.cli.simulation import (
 SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 EVERYDAY = (  # flag, type, default, metavar, help
     ("--parameters", "count", None, "N", "trained, such as 1.1b or 350m (needed)"),
-    ("--replicas", "count", None, "R", "copies of the model, often one a host (needed)"),
+    ("--replicas", "whole", None, "R", "copies of the model, often one a host (needed)"),
     ("--step-seconds", "number", None, "S", "one optimizer step in a replica (needed)"),
     ("--rate", "rate", None, "RATE", "of their link: 100mbit, 1gbit, unlimited (needed)"),
     ("--round-trip-ms", "least0", 0.0, "MS", "between two replicas, as ping says (0)"),
-    ("--ranks", "count", 1, "N", "GPUs of a replica, which share its link (1)"),
+    ("--ranks", "whole", 1, "N", "GPUs of a replica, which share its link (1)"),
     ("--spread", "least0", 0.0, "F", "steps' standard deviation over their mean (0)"),
     ("--speeds", "speeds", (), "1,0.5", "each replica's; S is that of speed 1 (all 1)"),
     ("--steps", "count", None, "N", "optimizer steps planned"),
@@ -63,6 +63,16 @@ def count(text: str) -> int:
     if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number of at least 1, such as 20000, 350m or 1.1b")
     return round(value)
+
+
+def whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
+    return value
 
 
 def rate(text: str) -> float:
@@ -99,7 +109,8 @@ def speeds(text: str) -> tuple[float, ...]:
 
 
 KINDS: dict[str, Callable[[str], Any]] = {
-    "count": count, "rate": rate, "number": number, "least0": lambda text: number(text, 0.0), "speeds": speeds,
+    "count": count, "whole": whole, "rate": rate, "number": number, "least0": lambda text: number(text, 0.0),
+    "speeds": speeds,
 }  # fmt: skip
 
 

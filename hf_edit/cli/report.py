@@ -148,7 +148,7 @@ def _sections(journals: Sequence[Journal]) -> list[Section]:
         Section(
             "time", "Where the time went",
             "For each replica: computing, the traffic of syncs that computing could not hide, and waiting for replicas "
-            "that came later." + some,
+            "that came later. The last sync is not in it: a replica tells what it measured of one at the next." + some,
             "much yellow: the network is too slow for this sync interval. Much red: the replicas differ in speed; the "
             "one without red is the slow one.",
             _each(synced, figures.draw_time, _time_text),

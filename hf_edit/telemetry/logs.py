@@ -17,7 +17,8 @@ class EDiTStats:
 
     `exposed_seconds` is the time that training waited for syncs, `sync_bytes` what this rank sent to other replicas,
     `gradient_bytes` what it would send to average the gradients once, `hsdp_bytes` what it would have sent had every
-    inner step done so, as FSDP over all ranks (HSDP) does.
+    inner step done so, as FSDP over all ranks (HSDP) does, and `warmup_bytes` what the synchronous steps of the warm-up
+    have sent in that way.
     """
 
     inner_steps: int = 0
@@ -26,6 +27,7 @@ class EDiTStats:
     sync_bytes: int = 0
     gradient_bytes: int = 0
     hsdp_bytes: int = 0
+    warmup_bytes: int = 0
     anomalous_replicas: int = 0
     rollbacks: int = 0
     loss_spikes: int = 0

@@ -173,9 +173,12 @@ class TrainerDecisions(_TrainerToBe):
         self._steps.uncounted = False
         steps = self._steps
         skipped = self.accelerator.optimizer_step_was_skipped or steps.empty or steps.dropped
-        if not self._engine.warming_up:
-            self.edit_stats.inner_steps += not skipped
-            self.edit_stats.hsdp_bytes += self.edit_stats.gradient_bytes
+        stats = self.edit_stats
+        if self._engine.warming_up:
+            stats.warmup_bytes += stats.gradient_bytes
+        else:
+            stats.inner_steps += not skipped
+            stats.hsdp_bytes += stats.gradient_bytes
         self._receive(self._engine.step(self._conductor.requests, skipped), by_progress=True)
 
     def _must_save_now(self) -> bool:

@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
 }
 COMPARED = ("sync", "post-local-sgd", "diloco", "edit", "edit-paper-outer", "edit-delayed", "a-edit")
 ABLATED = ("sync", "diloco", "edit", "edit-no-elimination", "edit-no-weighting", "edit-no-clipping")
+RESPONSES = ("edit-skip", "edit-rollback", "edit-stop", "edit-skip-64")  # without a fault they are edit
 BY_TIME = ("a-edit",)
 SYNCHRONOUS = ("sync", "sync-same-time")
 

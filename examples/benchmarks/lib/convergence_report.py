@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.bench import markdown_table, mean, subplots
-from lib.convergence_job import METHODS, SCENARIOS, SYNCHRONOUS, fault_steps
+from lib.convergence_job import METHODS, RESPONSES, SCENARIOS, SYNCHRONOUS, fault_steps
 
 Run = dict[str, Any]
 
@@ -73,7 +73,7 @@ def row(results: dict[str, Any], scenario: str, method: str) -> list[str]:
         settings = results["settings"]
         last = settings["fault_first"] * settings["steps"]
         last += fault_steps(scenario, settings["fault_steps"], settings["spike_steps"])
-        clean = runs_of(results, "clean", method)
+        clean = runs_of(results, "clean", "edit" if method in RESPONSES else method)
         after, clean_after = after_fault(runs, int(last)), after_fault(clean, int(last))
         cells.append(f"{mean([run['loss'] for run in after]):.4f}" if after else "")
         cells += [percent(excess(after, clean_after)), percent(excess(runs, clean))]

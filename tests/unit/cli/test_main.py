@@ -49,3 +49,30 @@ def test_who_reads_may_stop() -> None:
 def test_it_is_installed_as_hf_edit() -> None:
     (command,) = entry_points(group="console_scripts", name="hf-edit")
     assert command.load() is main
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            ["plan", "--steps-second", "1"],
+            "hf-edit plan: error: unknown: --steps-second 1; did you mean --step-seconds?",
+        ),
+        (["check", "--modell", "x"], "hf-edit check: error: unknown: --modell x; did you mean --model?"),
+        (["plan", "--replicas", "2.5"], "'2.5': give a whole number of at least 1"),
+    ],
+)
+def test_a_wrong_word_is_answered_by_its_command(
+    words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert text in " ".join(capsys.readouterr().err.split())
+
+
+def test_words_of_a_flag_may_be_joined_in_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = ["--parameters", "1b", "--replicas", "2", "--step_seconds=1", "--rate", "1gbit", "--json"]
+    assert main(["plan", *numbers]) == 0
+    assert '"step_seconds": 1.0' in capsys.readouterr().out
+    assert main(["check", "--config-file", "accelerate_configs/cpu_4x1.yaml"]) == 0
