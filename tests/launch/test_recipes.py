@@ -90,7 +90,7 @@ def script_flags(name: str) -> set[str]:
     source, names = script.read_text(encoding="utf-8"), fields_of(script)
     if "TrainingArguments" in source or "SFTConfig" in source:
         names |= {field.name for field in dataclasses.fields(TrainingArguments)}
-    if "EDiTConfig)" in source:  # among what it parses
+    if re.search(r"parse\(\([^)]*\bEDiTConfig\b", source):
         names |= {field.name for field in dataclasses.fields(EDiTConfig)}
     return {f"--{name}" for name in names}
 
