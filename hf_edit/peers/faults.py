@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_SECONDS = 10.0  # after its end, and at least until KEEP_LATER more have begun, a collective is kept
 KEEP_LATER = 16
-GRACE_SECONDS = 1.0
+GRACE_SECONDS = 1.0  # beyond the limit, in which gloo fails by itself and says why
 LOOK_SECONDS = 10.0  # for the rendezvous store to answer
 SAY_AFTER_SECONDS = 30.0  # that a replica has waited for others, who they are
 
@@ -134,7 +134,7 @@ class Arrivals:
         begun = said = time.monotonic()
         while not work.is_completed():
             now = time.monotonic()
-            if now - begun > self._timeout_seconds + GRACE_SECONDS:  # gloo's own limit comes first
+            if now - begun > self._timeout_seconds + GRACE_SECONDS:
                 raise RuntimeError("timed out")
             if now - said > SAY_AFTER_SECONDS:
                 said = now

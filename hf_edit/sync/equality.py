@@ -48,6 +48,10 @@ class Buffers:
             tensor.copy_(seen)
 
 
+def installed_versions() -> dict[str, str]:
+    return {name: version(name) for name in ("hf_edit", "torch", "transformers", "accelerate")}
+
+
 def check_agreement(model: nn.Module, config: EDiTConfig, peers: Peers) -> None:
     """All ranks must have the same hf_edit, the same configuration and a model of the same shape.
 
@@ -55,7 +59,7 @@ def check_agreement(model: nn.Module, config: EDiTConfig, peers: Peers) -> None:
         ValueError: which of these differs, and on which ranks.
     """
     shapes = [(name, tuple(p.shape), p.requires_grad) for name, p in unwrap(model).named_parameters()]
-    versions = {name: version(name) for name in ("hf_edit", "torch", "transformers", "accelerate")}
+    versions = installed_versions()
     mine = {**config.to_dict(), **versions, "model": hashlib.sha256(repr(shapes).encode()).hexdigest()}
     everyone: list[dict[str, Any]] = peers.gather_object(mine)
     differing = {

@@ -108,7 +108,7 @@ class Interval:
     exposed: Callable[[], float] = lambda: math.nan  # that training waited for it; to be asked for later
     wait_seconds: float = math.nan  # of it, for the slowest replica
     network: Callable[[], float] = lambda: math.nan  # from when all had come until all was reduced
-    rested_seconds: float = 0.0  # that evaluations and checkpoints took
+    rested_seconds: float = 0.0  # that evaluations, checkpoints and waiting at the end took
 
     def tallies(self, now: float) -> dict[str, float]:
         """For the exchange of the second one, which begins `now`."""

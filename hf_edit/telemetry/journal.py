@@ -22,7 +22,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,6 +30,7 @@ from torch import Tensor
 from hf_edit.method.plan import SyncRecord
 from hf_edit.peers.layout import Layout, ring_bytes
 from hf_edit.sync.engine import Engine
+from hf_edit.sync.equality import installed_versions
 from hf_edit.telemetry.logs import loss_spikes, sync_logs
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def description(layout: Layout, engine: Engine) -> dict[str, Any]:
         "unit_parameters": sizes,
         "gradient_bytes": ring_bytes(4 * sum(here), layout.num_replicas),
         "settings": engine.config.to_dict(),
-        "versions": {name: version(name) for name in ("hf_edit", "torch", "transformers", "accelerate")},
+        "versions": installed_versions(),
     }
 
 

@@ -1,4 +1,4 @@
-"""The active W&B run: alerts, settings, axes, and a table of the units' norms and weights.
+"""What is told of a sync, and to the active W&B run: alerts, settings, axes, a table of the units' norms and weights.
 
 Whatever W&B raises when it is down is said, and the training goes on.
 """
