@@ -198,7 +198,7 @@ def test_a_store_that_does_not_answer_keeps_nobody(monkeypatch: pytest.MonkeyPat
     class Silent:
         def check(self, keys: list[str]) -> bool:
             time.sleep(30)
-            return True
+            return False
 
     monkeypatch.setattr(faults, "default_store", Silent)
     monkeypatch.setattr(faults, "LOOK_SECONDS", 0.2)

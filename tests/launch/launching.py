@@ -89,18 +89,20 @@ def end(process: subprocess.Popen[str]) -> str:
 
 
 def launch_scenarios(
-    config: str, script: str, folder: Path, *scenarios: str, timeout: float = 900.0
+    config: str, script: str, folder: Path, *scenarios: str, timeout: float = 900.0, **environment: str
 ) -> tuple[dict[str, Any], str]:
     """Runs `scenarios` of tests/launch/scripts/SCRIPT.py under `config`: what each gave, and the output.
 
-    In a launch that all tests of this configuration share: to start one takes longer than most of them.
+    In a launch that all tests of this configuration and `environment` share: to start one takes longer than most of
+    them. What a library reads from its environment as it is imported has to be in `environment`.
     """
-    if config not in _SHARED:
-        _SHARED[config] = SharedLaunch(config)
+    launch = (config, *sorted(environment.items()))
+    if launch not in _SHARED:
+        _SHARED[launch] = SharedLaunch(config, environment)
     try:
-        output = _SHARED[config].run({"script": script, "scenarios": scenarios, "folder": str(folder)}, timeout)
+        output = _SHARED[launch].run({"script": script, "scenarios": scenarios, "folder": str(folder)}, timeout)
     except AssertionError:
-        _SHARED.pop(config).close()
+        _SHARED.pop(launch).close()
         raise
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert list(results) == list(scenarios), output
@@ -111,14 +113,14 @@ def launch_scenarios(
 class SharedLaunch:
     """See tests/launch/scripts/serve.py."""
 
-    def __init__(self, config: str) -> None:
+    def __init__(self, config: str, environment: dict[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._jobs = Path(self._folder.name)
         self._log = self._jobs / "output"
         self._count = 0
         words = ["-m", "tests.launch.scripts.serve", str(self._jobs), str(os.getpid())]
         with self._log.open("w") as log:
-            self._process = start([*launcher(config), *words], log, {})
+            self._process = start([*launcher(config), *words], log, {**environment})
         atexit.register(self.close)
 
     def run(self, job: dict[str, Any], timeout: float) -> str:
@@ -150,7 +152,7 @@ class SharedLaunch:
         self._folder.cleanup()
 
 
-_SHARED: dict[str, SharedLaunch] = {}
+_SHARED: dict[tuple[Any, ...], SharedLaunch] = {}
 
 
 def _what_matters(output: str) -> str:

@@ -55,9 +55,16 @@ def read_wandb(folder: Path) -> dict[str, list[Any]]:
 
 
 def test_trackers_get_every_sync(tmp_path: Path) -> None:
-    results, _ = launch_scenarios("cpu_4x1.yaml", "telemetry", tmp_path, "reports_to_trackers")
-    told, folder = results["reports_to_trackers"], Path(results["reports_to_trackers"]["folder"])
-    records = read_wandb(folder)
+    places = {
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_MODE": "offline",
+        "TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard"),
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    results, _ = launch_scenarios("cpu_4x1.yaml", "telemetry", tmp_path, "reports_to_trackers", **places)
+    told = results["reports_to_trackers"]
+    records = read_wandb(tmp_path)
     entries = [
         {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
         for history in records["history"]
@@ -78,12 +85,12 @@ def test_trackers_get_every_sync(tmp_path: Path) -> None:
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     exposed = events.Scalars("train/edit/exposed_seconds")
     assert len(exposed) == told["syncs"]
     assert [event.step for event in exposed] == [entry["train/global_step"] for entry in syncs]
 
-    with sqlite3.connect(folder / "trackio" / "huggingface.db") as database:
+    with sqlite3.connect(tmp_path / "trackio" / "huggingface.db") as database:
         rows = [json.loads(row[0]) for row in database.execute("select metrics from metrics order by id")]
     assert len([row for row in rows if "train/edit/exposed_seconds" in row]) == told["syncs"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +202,10 @@ class Bar(TrainerCallback):
 
 
 def reports_to_trackers() -> dict[str, Any]:
-    """W&B (offline), TensorBoard and trackio get every sync; the progress bar shows the last one."""
+    """W&B (offline), TensorBoard and trackio get every sync; the progress bar shows the last one.
+
+    Where they write is in the environment.
+    """
     bar = Bar()
     bar.texts = []
 
@@ -212,20 +214,16 @@ def reports_to_trackers() -> dict[str, Any]:
             super().__init__(**kwargs, callbacks=[bar])
             bar.trainer = self
 
-    place = FOLDER.absolute() / "trackers"
-    os.environ.update(WANDB_DIR=str(place), WANDB_MODE="offline", TENSORBOARD_LOGGING_DIR=str(place / "tensorboard"))
-    os.environ.update(TRACKIO_DIR=str(place / "trackio"), HF_HUB_OFFLINE="1")
-    place.mkdir(exist_ok=True)
     forget_trainings()
     kind = type("Reporting", (Reporting,), {"factor": 30.0})
     settings = dict(report_to=["wandb", "tensorboard", "trackio"], disable_tqdm=False, max_steps=STEPS)
-    trainer = train(EDiTConfig(sync_interval=TAU), trainer=kind, output_dir=str(place / "out"), **settings)
+    trainer = train(EDiTConfig(sync_interval=TAU), trainer=kind, output_dir=str(FOLDER / "trackers"), **settings)
     if dist.get_rank() == 0:
         import wandb
 
         assert any("9 syncs, " in text for text in bar.texts), bar.texts[-3:]
         wandb.finish()
-    return {"syncs": trainer.edit_stats.syncs, "folder": str(place)}
+    return {"syncs": trainer.edit_stats.syncs}
 
 
 def a_loop_has_a_journal() -> dict[str, Any]:
