@@ -111,6 +111,11 @@ class EDiTConfig:
         'Inner steps between the start and the application of a sync with overlap="delayed"; with sync_seconds fewer '
         "where the next sync is due before.",
     )
+    compression: Literal["none", "bf16", "int8", "int4"] = _knob(
+        "none",
+        'What a sync sends: "none" (fp32), "bf16" (half of the bytes), "int8" (0.254), "int4" (0.141). What the codes '
+        "leave out is kept and sent later (error feedback), at 4 bytes of memory a parameter.",
+    )
     units_in_flight: int = _knob(
         2,
         "Units (embeddings, blocks, head) whose all-reduce is under way at a time, and whose buffers the device holds "
@@ -257,6 +262,7 @@ _CHOICES = {
     "outer_optimizer": ("nesterov", "sgd", "none"),
     "weighting": ("norm", "relative", "uniform", "steps"),
     "overlap": ("none", "forward", "delayed"),
+    "compression": ("none", "bf16", "int8", "int4"),
     "on_loss_spike": ("log", "skip", "rollback", "stop"),
 }
 _OFF_HINTS = {

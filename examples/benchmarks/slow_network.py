@@ -9,6 +9,9 @@ Two hosts (network namespaces) with two ranks each train a Llama of 8.4M paramet
 on the same network, in alternating order; a method's share of the bound is the ratio of the medians of these pairs'
 tokens per second. A timed method's sync_seconds is tau times the seconds of a step of "never". The bytes between the
 hosts are those of the interfaces' counters. What a straight-line cost model (cost_model.py) says stands beside it.
+
+How hard a setting is on a machine is said by rho: the seconds that a host's bytes of one uncompressed sync take at the
+link's rate, over the seconds of its tau inner steps. --rhos chooses the rates from the measured step.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from lib.bench import markdown_table, mean, pair_range, ratio_of_medians, share_text, subplots
-from lib.cost_model import bits_per_second, expected_of_method
+from lib.cost_model import bits_per_second, expected_of_method, rate_of
 from lib.network_job import METHODS, TIMED, window
 from lib.results import add_run
 from lib.training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, job_settings, measure_or_report, train
 
-CELL = ("rate", "delay_milliseconds", "tau", "method", "units_in_flight")
+CELL = ("rate", "rho", "delay_milliseconds", "tau", "method", "units_in_flight")
 QUICK = {
     "rates": ["100mbit"], "delays": [0.0], "taus": [8], "methods": ["hsdp", "edit-none", "edit-forward"],
     "repeats": 1, "steps": 8, "hsdp_steps": 3,
@@ -38,6 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", default=["unlimited", "1gbit", "100mbit", "50mbit"], metavar="RATE",
                         help="of each host in each direction: unlimited, or as tc writes it (unlimited 1gbit 100mbit "
                         "50mbit)")  # fmt: skip
+    parser.add_argument("--rhos", nargs="+", type=float, metavar="RHO", help="in the place of rates")
     parser.add_argument("--delays", nargs="+", type=float, default=[0.0], metavar="MILLISECONDS",
                         help="of the network, one way; above 0 needs gcc (0)")  # fmt: skip
     parser.add_argument("--taus", nargs="+", type=int, default=[32], metavar="STEPS", help="sync intervals (32)")
@@ -72,15 +76,20 @@ def main() -> None:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def cells(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def cells(arguments: argparse.Namespace, step_seconds: float) -> Iterator[dict[str, Any]]:
     """What to measure, every repeat of everything before the next; HSDP has no interval and is there once."""
-    for repeat, rate, delay in itertools.product(range(arguments.repeats), arguments.rates, arguments.delays):
-        setting = {"rate": rate, "delay_milliseconds": delay}
-        if "hsdp" in arguments.methods:
+    links = (
+        [(rate, None) for rate in arguments.rates] if arguments.rhos is None else [(None, r) for r in arguments.rhos]
+    )
+    for repeat, (rate, rho), delay in itertools.product(range(arguments.repeats), links, arguments.delays):
+        setting = {"rate": rate, "rho": rho, "delay_milliseconds": delay}
+        if "hsdp" in arguments.methods and rho is None:
             yield {**setting, "tau": None, "method": "hsdp", "units_in_flight": None, "repeat": repeat}
         for tau, method, units in itertools.product(arguments.taus, arguments.methods, arguments.units_in_flight):
             if method != "hsdp":
-                yield {**setting, "tau": tau, "method": method, "units_in_flight": units, "repeat": repeat}
+                chosen = rate if rho is None else rate_of(rho, tau, step_seconds)
+                cell = {**setting, "rate": chosen, "tau": tau, "method": method, "units_in_flight": units}
+                yield {**cell, "repeat": repeat}
 
 
 def measure(results: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -90,12 +99,12 @@ def measure(results: dict[str, Any], arguments: argparse.Namespace) -> None:
         results["step_seconds"] = step_seconds(never)
         print(f"a step of never takes {results['step_seconds']:.3f} s", flush=True)
     done = [{**key(run), "repeat": run["repeat"]} for run in results["runs"]]
-    for number, cell in enumerate(cells(arguments)):
+    for number, cell in enumerate(cells(arguments, results["step_seconds"])):
         if cell in done:
             continue
         run = measure_pair(cell, arguments, results["step_seconds"], never_first=(number + cell["repeat"]) % 2 == 0)
         add_run(results, run, arguments.json)
-        name = " ".join(str(cell[part]) for part in ("rate", "delay_milliseconds", "tau"))
+        name = " ".join(str(cell[part]) for part in ("rate", "rho", "delay_milliseconds", "tau"))
         print(f"{name} {label(cell)}: {run['share']:.3f} of never; the model says {run['expected_share']:.3f}, "
               f"{run['expected_error']:+.3f} off", flush=True)  # fmt: skip
 
@@ -203,9 +212,9 @@ def label(cell: dict[str, Any]) -> str:
     return cell["method"] + (f", units_in_flight={units}" if units else "")
 
 
-def _place(cell: tuple[str, float, int | None, str, int | None]) -> tuple[float, ...]:
-    rate, delay, tau, method, units = cell
-    return -bits_per_second(rate), delay, tau or 0, METHODS.index(method), units or 0
+def _place(cell: tuple[str, float | None, float, int | None, str, int | None]) -> tuple[float, ...]:
+    rate, rho, delay, tau, method, units = cell
+    return -bits_per_second(rate), rho or 0.0, delay, tau or 0, METHODS.index(method), units or 0
 
 
 def panels(figures: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[str, Any]]]:
@@ -246,13 +255,14 @@ def table(results: dict[str, Any]) -> str:
         exposed = cell["exposed_seconds_per_sync"]
         rows.append(
             [
-                cell["rate"], f"{cell['delay_milliseconds']:g} ms", cell["tau"] or "", label(cell),
+                cell["rate"], "" if cell["rho"] is None else f"{cell['rho']:g}",
+                f"{cell['delay_milliseconds']:g} ms", cell["tau"] or "", label(cell),
                 f"{cell['tokens_per_second']:.0f}", share_text(cell["share"]),
                 f"{low:.3f} to {high:.3f} ({cell['pairs']})", "" if exposed is None else f"{exposed:.2f}",
                 f"{cell['bytes_per_token']:,.0f}", f"{cell['expected_share']:.3f}", f"{cell['expected_error']:+.3f}",
             ]
         )  # fmt: skip
-    heading = ["rate", "delay", "tau", "method", "tokens/s", "share of the bound", "pairs' range (number)",
+    heading = ["rate", "rho", "delay", "tau", "method", "tokens/s", "share of the bound", "pairs' range (number)",
                "exposed s per sync", "bytes per token", "model", "model's error"]  # fmt: skip
     return markdown_table(heading, rows)
 

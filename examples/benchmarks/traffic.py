@@ -5,7 +5,7 @@
 
 Trains a Llama on two hosts, and counts what each sends in 20 steps on the way, and in the sync at the end. --busy adds
 what else could leak: logging and token counting in every step, an evaluation and a saved model at the sync. With
---by_time the syncs are triggered by time (A-EDiT).
+--by_time the syncs are triggered by time (A-EDiT); --compression is EDiTConfig's.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ def main() -> None:
     parser.add_argument("--per_host", type=int, default=2, help="ranks on a host: 2 is FSDP2 shards, 1 is DDP")
     parser.add_argument("--busy", action="store_true", help="evaluate, log every step, save, count tokens")
     parser.add_argument("--by_time", action="store_true", help="A-EDiT")
+    parser.add_argument("--compression", default="none", help="none, bf16, int8 or int4 (none)")
     parser.add_argument("--json", type=Path, metavar="JSONL", help="add the figures to this file")
     arguments = parser.parse_args()
     if (reason := unavailable()) is not None:
         sys.exit(f"traffic.py: {reason}")
     results = open_results(arguments.json, {})
-    result = measure(arguments.per_host, arguments.busy, arguments.by_time)
+    result = measure(arguments.per_host, arguments.busy, arguments.by_time, arguments.compression)
     for name, value in result.items():
         print(f"{name:<32}{value}")
     if arguments.json:
         add_run(results, result, arguments.json)
 
 
-def measure(per_host: int, busy: bool, by_time: bool = False) -> dict[str, object]:
+def measure(per_host: int, busy: bool, by_time: bool = False, compression: str = "none") -> dict[str, object]:
     """Bytes that host 0 and host 1 send."""
     with tempfile.TemporaryDirectory() as folder, Hosts(2) as hosts:
-        job = (folder, str(STEPS), json.dumps(TRIGGERS[by_time]), str(int(busy)))
+        job = (folder, str(STEPS), json.dumps({**TRIGGERS[by_time], "compression": compression}), str(int(busy)))
         hosts.torchrun(per_host, "lib.traffic_worker", *job)
         reports = [json.loads(Path(folder, f"{host}.json").read_text(encoding="utf-8")) for host in (0, 1)]
     assert reports[0]["world_size"] == 2 * per_host, reports
@@ -56,6 +57,7 @@ def measure(per_host: int, busy: bool, by_time: bool = False) -> dict[str, objec
         "ranks_per_host": per_host,
         "busy": busy,
         "by_time": by_time,
+        "compression": compression,
         "parameter_bytes": reports[0]["parameter_bytes"],
         "bytes_of_20_inner_steps": [host[FIRST_STEPS + INNER_STEPS - 1] - host[FIRST_STEPS - 1] for host in sent],
         "bytes_of_one_sync": [(host[-1] - host[-2]) // reports[0]["syncs"] for host in sent],
@@ -63,8 +65,8 @@ def measure(per_host: int, busy: bool, by_time: bool = False) -> dict[str, objec
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: what each host sent, of the newest measurement."""
-    run = results["runs"][-1]
+    """Markdown: what each host sent, of the newest measurement without compression."""
+    run = [run for run in results["runs"] if run.get("compression", "none") == "none"][-1]
     labels = {"bytes_of_20_inner_steps": "20 inner steps", "bytes_of_one_sync": "one sync"}
     rows = [[label, *(f"{number:,} bytes" for number in run[name])] for name, label in labels.items()]
     return markdown_table(["sent in", "host 0", "host 1"], rows)

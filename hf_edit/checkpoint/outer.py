@@ -1,8 +1,9 @@
-"""The outer state as named tensors: what is equal on all replicas.
+"""The outer state as named tensors: what is equal on all replicas, and the residuals, which are each replica's own.
 
 anchor/NAME        fp32, of the parameter's shape
 outer/NAME/KEY     what the outer rule keeps, by the rule's own names; or a user's optimizer, as tensors.py says
 detector/FIELD     statistics of all units and replicas
+residual/NAME      fp32, of the parameter's shape: what compressed syncs left out; beside the inner optimizer's state
 """
 
 from __future__ import annotations
@@ -27,15 +28,32 @@ logger = logging.getLogger(__name__)
 
 
 def outer_tensors(sync: OuterSync, ranks: ReplicaRanks) -> dict[str, Tensor]:
-    """Anchor, outer rule's state and detectors by name, sharing their memory: reading them changes nothing.
+    """Anchor, outer rule's state, detectors and this replica's residuals (residual/REPLICA/NAME) by name, sharing their
+    memory: reading them changes nothing.
 
     With a user's outer optimizer all ranks of the replica call it.
     """
-    return pack_outer(sync, ranks)[0]
+    return {**pack_outer(sync, ranks)[0], **residual_tensors(sync, f"residual/{ranks.layout.replica}")}
+
+
+def residual_tensors(sync: OuterSync, prefix: str = "residual") -> dict[str, Tensor]:
+    """What compressed syncs have left out so far, sharing its memory; {} without compression."""
+    found: dict[str, Tensor] = {}
+    for (unit, state), residual in zip(_pairs(sync), sync.reduction.residuals, strict=False):
+        for name, param, view in zip(unit.names, unit.params, state.views(residual), strict=True):
+            found[f"{prefix}/{name}"] = like_param(param, view)
+    return found
+
+
+def load_residuals(place: Path, sync: OuterSync, ranks: ReplicaRanks) -> None:
+    """In place, what is in the part of a saved replica; what is not stays as it is, zeros in a new training."""
+    saved = saved_tensors(place)
+    read({name: tensor for name, tensor in residual_tensors(sync).items() if name in saved}, place, ranks.group)
 
 
 def pack_outer(sync: OuterSync, ranks: ReplicaRanks) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`outer_tensors`, and of a user's optimizers what is no tensor: their class, and by unit what `pack` leaves."""
+    """What is equal on all replicas, as of `outer_tensors`; and of a user's optimizers what is no tensor: their class,
+    and by unit what `pack` leaves."""
     found, rest = _declared(sync), {}
     for unit, state in _pairs(sync):
         if state.optimizer is not None:

@@ -1,7 +1,7 @@
 """Outer and per-replica state of a training, in and out of `checkpoint-N/edit/`.
 
     edit/outer/          anchor, outer rule's state, detectors, buffers: equal on all replicas, written by one of them
-    edit/replica-I/      replica I's inner optimizer, sharded over its ranks
+    edit/replica-I/      replica I's inner optimizer and what compressed syncs left out, sharded over its ranks
     edit/replica-I/host-J.pt   what rank J of it keeps on the host, and the step that it is of
     edit/manifest.json   what the run was, and every file of the checkpoint with its size; written last, atomically
 
@@ -74,6 +74,8 @@ def save(folder: Path, training: Training, step: int, host: dict[str, Any], *, w
         rank["tallies"] = {name: float(value) for name, value in engine.tallies.items()}
         rank["progress"] = asdict(engine.progress)
     tensors, rest = pack(training.optimizer, _owners(training.optimizer, training.model), training.ranks)
+    if engine is not None:
+        tensors |= outer.residual_tensors(engine.sync)
     write(tensors, folder / EDIT_FOLDER / f"replica-{layout.replica}", training.group)
     part = folder / host_part(layout.replica, layout.shard)
     torch.save({"step": step, "optimizer": rest, "outer": outer_rest, "host": {**host, "rank": rank}}, part)
@@ -149,10 +151,18 @@ def _read_part(folder: Path, manifest: Manifest, layout: Layout) -> dict[str, An
 
 
 def load_outer(folder: Path, manifest: Manifest, training: Training) -> None:
-    """The outer state, for an engine that began with the steps taken until then, on a model that is loaded already."""
-    if training.engine is not None:
-        rest = _read_part(folder, manifest, training.layout)["outer"]
-        outer.load_outer(folder / EDIT_FOLDER / "outer", manifest, training.engine.sync, rest, training.ranks)
+    """The outer state, for an engine that began with the steps taken until then, on a model that is loaded already.
+
+    Replica i takes the residuals of saved replica i alone: each of them is a part of one sum.
+    """
+    engine, layout = training.engine, training.layout
+    if engine is None:
+        return
+    rest = _read_part(folder, manifest, layout)["outer"]
+    outer.load_outer(folder / EDIT_FOLDER / "outer", manifest, engine.sync, rest, training.ranks)
+    if layout.replica < manifest.num_replicas:
+        place = (folder / host_part(layout.replica, 0)).parent
+        outer.load_residuals(place, engine.sync, training.ranks)
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from hf_edit.cli.sizes import (
     unit_sizes,
 )
 from hf_edit.config import EDiTConfig
+from hf_edit.method.compression import bytes_per_element
 from hf_edit.peers.layout import Layout, ring_bytes
 
 FINE, WARNED, REFUSED = 0, 1, 2  # exit codes
@@ -45,10 +46,13 @@ SHOWN_REPLICAS = 4
 
 def costs(config: EDiTConfig, layout: Layout, on_cpu: bool, sizes: Sequence[int], findings: Findings) -> list[str]:
     """Lines on bytes and memory; warns if they do not fit a time limit."""
-    rank_bytes = ring_bytes(4 * sum(sizes) // layout.replica_size, layout.num_replicas)
+    num_bytes = round(bytes_per_element(config.compression) * sum(sizes)) // layout.replica_size
+    rank_bytes = ring_bytes(num_bytes, layout.num_replicas)
     replica_bytes = rank_bytes * layout.replica_size
     memory = {name: show_bytes(size) for name, size in memory_bytes(config, sizes, layout.replica_size).items()}
     kept = "anchor and momentum" if keeps_momentum(config) else "the anchor"
+    if config.compression != "none" and config.overlap != "delayed":
+        kept += f", and what {config.compression} leaves out"
     where = "" if on_cpu else " in host memory" if config.offload_outer_state else " on the device"
     host = f" and {memory['host']}{'' if on_cpu else ' in host memory'}" if config.overlap == "delayed" else ""
     lines = [
@@ -87,7 +91,8 @@ def describe(launch: Launch, config: EDiTConfig, layout: Layout) -> list[str]:
         when = f"every {config.sync_seconds:g} s (A-EDiT)"
     delay = f", applied {config.delay_steps} steps later" if config.overlap == "delayed" else ""
     warmup = f", after {config.warmup_steps} synchronous ones" if config.warmup_steps else ""
-    return [*lines, f"sync         {when}{warmup}; overlap={config.overlap!r}{delay}"]
+    codes = f", compression={config.compression!r}" if config.compression != "none" else ""
+    return [*lines, f"sync         {when}{warmup}; overlap={config.overlap!r}{delay}{codes}"]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-BYTES_PER_ELEMENT = {"none": 4.0, "bf16": 2.0, "int8": 1.02, "int4": 0.52}
+from hf_edit.method.compression import CODECS, bytes_per_element
+
+BYTES_PER_ELEMENT = {kind: bytes_per_element(kind) for kind in ("none", *CODECS)}
 OVERLAPS = ("forward", "delayed", "none")  # in the order in which they are to be taken where all are equally fast
 PROTOCOL_OVERHEAD = 0.05  # Ethernet, IP and TCP headers around 1448 bytes, acknowledgements
 FIRST_WINDOW_BYTES = 10 * 1448  # of a TCP connection that begins, or was idle since the last sync (RFC 6928, 5681)

@@ -65,12 +65,17 @@ def memory_bytes(config: EDiTConfig, sizes: Sequence[int], num_ranks: int) -> di
         num_ranks: of a replica, over which they are sharded.
     """
     whole, largest = 4 * sum(sizes) / num_ranks, 4 * max(sizes) / num_ranks
-    flying = 4 * max(sum(sizes[i : i + config.units_in_flight]) for i in range(len(sizes))) / num_ranks
+    coded = config.compression != "none"  # a residual is kept, and the next one beside the sum until a sync is applied
+    at_a_time = config.units_in_flight + coded
+    flying = 4 * max(sum(sizes[i : i + at_a_time]) for i in range(len(sizes))) / num_ranks
     kept = 1 + keeps_momentum(config)
-    buffers = {"none": whole, "forward": flying, "delayed": 2 * largest}[config.overlap]
+    buffers = {"none": whole * (1 + coded), "forward": flying * (1 + coded), "delayed": 2 * largest}[config.overlap]
     if config.offload_outer_state:  # comes to the device for a unit's step
         buffers += kept * largest
-    return {"state": kept * whole, "buffers": buffers, "host": 2 * whole if config.overlap == "delayed" else 0.0}
+    state, host = kept * whole, (2 + 2 * coded) * whole if config.overlap == "delayed" else 0.0
+    if coded and config.overlap != "delayed":
+        state += whole
+    return {"state": state, "buffers": buffers, "host": host}
 
 
 def amount(text: str) -> int:

@@ -22,9 +22,10 @@ PIECE_BYTES = 8 << 20
 class Conversation(Protocol):
     """The other replicas in an outer sync. Every rank talks to the ranks of its own sync group.
 
-    Its parts are `begin`, one `gather`, `all_reduce` for each unit, `commit`. All members say the same in
-    the same order. Tensors are the device's, or for a delayed sync in host memory. Whatever fails before `commit` has
-    returned True, or a False, leaves the replica as it was, and what it has learnt goes into the next sync.
+    Its parts are `begin`, one `gather`, `all_reduce` (or `all_to_all` and `all_gather`) for each unit, `commit`. All
+    members say the same in the same order. Tensors are the device's, or for a delayed sync in host memory. Whatever
+    fails before `commit` has returned True, or a False, leaves the replica as it was, and what it has learnt goes into
+    the next sync.
     """
 
     num_replicas: int
@@ -42,6 +43,14 @@ class Conversation(Protocol):
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> Pending:
         """Starts summing each tensor over the members, in place and in the background."""
+        ...
+
+    def all_to_all(self, received: Tensor, sent: Tensor) -> Pending:
+        """Starts sending row i of `sent` [members, k] to member number i; row i of `received` comes from it."""
+        ...
+
+    def all_gather(self, received: Tensor, sent: Tensor) -> Pending:
+        """Starts sending `sent` [k] to all members; row i of `received` [members, k] comes from member number i."""
         ...
 
     def commit(self, sync: int) -> bool:
@@ -135,6 +144,18 @@ class ProcessGroupPeers:
         with self.arrivals.blame():
             works = [start(dist.all_reduce, piece, group=self._sync_group_for(piece)) for piece in pieces]
         return _Works(works, self.arrivals)
+
+    def all_to_all(self, received: Tensor, sent: Tensor) -> Pending:
+        self.bytes_sent += sent.nbytes * (self.num_replicas - 1) // self.num_replicas
+        with self.arrivals.blame():
+            work = start(dist.all_to_all_single, received, sent, group=self._sync_group_for(sent))
+        return _Works([work], self.arrivals)
+
+    def all_gather(self, received: Tensor, sent: Tensor) -> Pending:
+        self.bytes_sent += sent.nbytes * (self.num_replicas - 1)
+        with self.arrivals.blame():
+            work = start(dist.all_gather, list(received), sent, group=self._sync_group_for(sent))
+        return _Works([work], self.arrivals)
 
     def commit(self, sync: int) -> bool:
         # Every replica has come to the gather, and in a fixed group none can leave and the others go on: a failure

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hf_edit.method.penalty import DetectorState
 from hf_edit.method.plan import SyncPlan, SyncRecord
-from hf_edit.peers.faults import Pending
 from hf_edit.sync.measure import HostCopy, Stopwatch
+from hf_edit.sync.reduction import Sum
 
 
 @dataclass
@@ -28,8 +28,8 @@ class Running:
     deltas: list[Tensor]  # of a delayed sync, in host memory
     plan: SyncPlan | None = None
     detectors: DetectorState | None = None
-    launched: int = 0  # units whose all-reduce has been started; always in the units' order
-    flying: dict[int, tuple[Tensor, Pending]] = field(default_factory=dict)
+    launched: int = 0  # units whose sum has been started; always in the units' order
+    flying: dict[int, Sum] = field(default_factory=dict)  # sums whose outcome has not been kept yet
     averages: dict[int, Tensor] = field(default_factory=dict)  # reduced, and yet to be applied
     applied: int = 0  # units that took the anchor; always in the units' order
     square_norms: dict[int, Tensor] = field(default_factory=dict)  # of the averages, this rank's part

@@ -19,11 +19,12 @@ from torch import Tensor
 import hf_edit.sync.unit_values as unit_values
 from hf_edit.config import EDiTConfig
 from hf_edit.method.outer import OuterState, outer_rule
-from hf_edit.method.penalty import DetectorState, clip_factor, square_norm, weighed
+from hf_edit.method.penalty import DetectorState, clip_factor, square_norm
 from hf_edit.method.plan import SyncPlan, SyncRecord, make_plan
 from hf_edit.peers.group import Conversation
 from hf_edit.peers.replica import Replica
 from hf_edit.sync.measure import Interval, Scratch, Stopwatch, phase
+from hf_edit.sync.reduction import make_reduction
 from hf_edit.sync.running import Running
 from hf_edit.sync.units import Unit
 
@@ -58,6 +59,7 @@ class OuterSync:
         self.rule = outer_rule(
             config.outer_optimizer, config.outer_lr, config.outer_momentum, config.outer_warmup_syncs
         )
+        self.reduction = make_reduction(peers, config.compression)
         self.device = self.units[0].parts()[0].device
         self.running: Running | None = None
         self.exposed = Stopwatch(self.device, clock)
@@ -75,6 +77,13 @@ class OuterSync:
     def take_anchors(self) -> None:
         """The anchor becomes the current parameters, the outer state what it is at first."""
         self.states = [self.rule.init(unit.parts(), self.config.offload_outer_state) for unit in self.units]
+        if self.config.compression != "none":
+            in_host = self.config.offload_outer_state or self.config.overlap == "delayed"
+            device = torch.device("cpu") if in_host else self.device
+            pin = device != self.device
+            self.reduction.residuals = [
+                torch.zeros(state.anchor.shape, device=device, pin_memory=pin) for state in self.states
+            ]
         self._last_end = self.clock()
         self.interval = Interval(self._last_end)
 
@@ -143,28 +152,30 @@ class OuterSync:
     @torch.no_grad()
     @phase("reduce")
     def launch(self, run: Running, end: int) -> None:
-        """Starts the all-reduces of the units before `end` that have not been started; None flies where nothing
-        changes."""
+        """Starts the sums of the units before `end` that have not been started; none where nothing changes."""
         while run.launched < min(end, len(self.units)):
             index, run.launched = run.launched, run.launched + 1
             if run.decided.unchanged[index]:
                 continue
             weight = float(run.decided.weights[index, self.peers.replica])
-            if run.deltas:  # which are needed again
-                gradient = weighed(run.deltas[index], weight, out=self._scratch.take(run.deltas[index]))
+            scratch = self._scratch if run.deltas else None  # the deltas of a delayed sync are needed again
+            if run.deltas:
+                delta = run.deltas[index]
             else:
-                gradient = weighed(unit_values.read(self.units[index], self.states[index], self.device), weight)
-            run.flying[index] = gradient, self.peers.all_reduce([gradient])
+                delta = unit_values.read(self.units[index], self.states[index], self.device)
+            run.flying[index] = self.reduction.start(index, delta, weight, run.members, scratch)
 
     @torch.no_grad()
     @phase("await_average")
     def land(self, run: Running, index: int) -> None:
         """Waits until a unit is reduced; on CUDA the current stream does."""
-        self.launch(run, index + self.config.units_in_flight)
+        in_flight = self.config.units_in_flight
+        self.launch(run, index + in_flight + self.reduction.stages - 1)
+        for later in range(index, min(index + in_flight, len(self.units))):
+            if later in run.flying:
+                run.flying[later].advance()
         if index in run.flying:
-            average, work = run.flying.pop(index)
-            work.wait()
-            run.averages[index] = average
+            run.averages[index] = average = run.flying[index].wait()
             run.square_norms[index] = square_norm(average)
         if index == len(self.units) - 1 and run.network is not None:
             run.network.stop()
@@ -235,6 +246,8 @@ class OuterSync:
 
     def _apply(self, run: Running, index: int, went_on: bool) -> None:
         unit, state, average = self.units[index], self.states[index], run.averages.pop(index, None)
+        if index in run.flying:
+            run.flying.pop(index).keep()
         correction = None
         if went_on:  # becomes the new anchor minus where the parameters were, both as the replica is given them
             correction = self._here(run.deltas[index])

@@ -95,8 +95,11 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 class Trained:
     """This rank's part of a training of `SmallParts`, or of what is loaded into a new one."""
 
-    def __init__(self, replicas: int, inner: str = "sgd", outer: Any = "nesterov", bf16: bool = False) -> None:
-        self.config = EDiTConfig(sync_interval=1, overlap="none", outer_optimizer=OPTIMIZERS.get(outer, outer))
+    def __init__(
+        self, replicas: int, inner: str = "sgd", outer: Any = "nesterov", bf16: bool = False, **settings: Any
+    ) -> None:
+        outer = OPTIMIZERS.get(outer, outer)
+        self.config = EDiTConfig(sync_interval=1, outer_optimizer=outer, **{"overlap": "none", **settings})
         self.layout = Layout.split(dist.get_world_size(), replicas, dist.get_rank())
         net = SmallParts()
         self.model = shard(net.bfloat16() if bf16 else net, self.layout)
@@ -134,10 +137,11 @@ class Trained:
         dist.barrier()
 
     @classmethod
-    def saved(cls, folder: Path, replicas: int, *settings: Any) -> Trained:
+    def saved(cls, folder: Path, replicas: int, *settings: Any, **more: Any) -> Trained:
         """After three steps, and so in `folder`."""
-        trained = cls(replicas, *settings)
+        trained = cls(replicas, *settings, **more)
         trained.train(0, 3)
+        trained.engine.flush()
         trained.save(folder)
         return trained
 
@@ -202,6 +206,31 @@ def test_every_rank_gets_its_own_state_back(
         return at_once, differing(one.state(), other.state())
 
     assert run_ranks(2 * replica_size, body) == [([], [])] * (2 * replica_size)
+
+
+@pytest.mark.parametrize("settings", [dict(overlap="none"), dict(overlap="delayed", delay_steps=1)])
+@pytest.mark.parametrize("replica_size", [1, 2])
+def test_what_compressed_syncs_left_out_comes_back(replica_size: int, settings: Any, tmp_path: Path) -> None:
+    """And the training goes on bit for bit; with more replicas each residual counts once."""
+
+    def body(rank: int) -> Any:
+        one = Trained.saved(tmp_path / "saved", 2, compression="int4", **settings)
+        other = Trained(2, compression="int4", **settings)
+        other.load(tmp_path / "saved")
+        at_once = differing(one.state(), other.state())
+        assert all(residual.any() for residual in other.engine.sync.reduction.residuals)
+        one.train(3, 5)
+        other.train(3, 5)
+        return at_once, differing(one.state(), other.state())
+
+    assert run_ranks(2 * replica_size, body) == [([], [])] * (2 * replica_size)
+
+    def more(rank: int) -> list[bool]:
+        resized = Trained(4, compression="int4", **settings)
+        resized.load(tmp_path / "saved")
+        return [bool(residual.any()) for residual in resized.engine.sync.reduction.residuals]
+
+    assert run_ranks(4, more) == [[True] * 4, [True] * 4, [False] * 4, [False] * 4]
 
 
 def test_another_number_of_ranks_takes_what_does_not_depend_on_it(tmp_path: Path, caplog: Any) -> None:

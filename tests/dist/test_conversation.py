@@ -53,7 +53,18 @@ class Leaving(ProcessGroupPeers):
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> Any:
         self._call("all_reduce")
-        pending, call = super().all_reduce(tensors), self._call
+        return self._checked(super().all_reduce(tensors))
+
+    def all_to_all(self, received: Tensor, sent: Tensor) -> Any:
+        self._call("all_to_all")
+        return self._checked(super().all_to_all(received, sent))
+
+    def all_gather(self, received: Tensor, sent: Tensor) -> Any:
+        self._call("all_gather")
+        return self._checked(super().all_gather(received, sent))
+
+    def _checked(self, pending: Any) -> Any:
+        call = self._call
 
         class Checked:
             def wait(self) -> None:
@@ -70,19 +81,24 @@ class Leaving(ProcessGroupPeers):
 def state_of(engine: Engine, model: nn.Module) -> list[Tensor]:
     sync = engine.sync
     outer = [t for state in sync.states for t in (state.anchor, *state.tensors.values())]
+    outer += sync.reduction.residuals
     counts = [sync.sync_count, engine.schedule.inner_steps, engine.schedule.interval_steps, engine.progress.value]
     numbers = torch.tensor([float(value) for value in (*counts, *engine.tallies.values())], dtype=torch.float64)
     params = [part for unit in engine.units for part in unit.parts()]
     return [t.detach().clone() for t in (*params, *outer, *sync.detectors.state_dict().values(), numbers)]
 
 
-def train(rank: int, overlap: str, fault: tuple[str, int] | None, shape: tuple[int, int]) -> dict[str, Any]:
+def train(
+    rank: int, overlap: str, fault: tuple[str, int] | None, shape: tuple[int, int], compression: str = "none"
+) -> dict[str, Any]:
     """A sync every 2 steps (by hand, so that a failed one is not tried again at once); the second one fails."""
     layout = Layout.split(shape[0] * shape[1], shape[0], rank)
     model = shard(Net(), layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     peers = Leaving(layout, 30.0)
-    config = EDiTConfig(sync_interval=1000, overlap=overlap, delay_steps=1, max_pseudo_grad_norm=0.05)
+    config = EDiTConfig(
+        sync_interval=1000, overlap=overlap, delay_steps=1, max_pseudo_grad_norm=0.05, compression=compression
+    )
     engine = Engine(model, optimizer, config, peers, runner=at_once)
     assert isinstance(engine.progress, GlobalProgress)
 
@@ -125,23 +141,25 @@ def train(rank: int, overlap: str, fault: tuple[str, int] | None, shape: tuple[i
     return {"params": params, "calls": peers.calls, "told": told}
 
 
-FAULTS = [
-    ("begin", 1), ("gather", 1), ("gathered", 1), *(("all_reduce", n + 1) for n in range(NUM_UNITS)),
-    *(("wait", n + 1) for n in range(NUM_UNITS)), ("commit", 1), ("no", 0),
-]  # fmt: skip
+ENDS = [("begin", 1), ("gather", 1), ("gathered", 1), ("commit", 1), ("no", 0)]
 
 
+@pytest.mark.parametrize("compression", ["none", "int8"])
 @pytest.mark.parametrize("overlap", ["none", "forward", "delayed"])
 @pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
-def test_a_sync_that_fails_is_as_if_it_had_not_begun(overlap: str, shape: tuple[int, int]) -> None:
+def test_a_sync_that_fails_is_as_if_it_had_not_begun(overlap: str, shape: tuple[int, int], compression: str) -> None:
     """And the next one brings what this one would have brought, in parameters and in counts."""
     world = shape[0] * shape[1]
-    expected = run_ranks(world, lambda rank: train(rank, overlap, None, shape))
+    body = functools.partial(train, overlap=overlap, shape=shape, compression=compression)
+    expected = run_ranks(world, functools.partial(body, fault=None))
     calls = expected[0]["calls"]
-    assert [calls.count(kind) for kind in ("begin", "gather", "all_reduce", "wait", "commit")] == [1, 1, 4, 4, 1]
+    sums = ["all_reduce"] if compression == "none" else ["all_to_all", "all_gather"]
+    counts = dict.fromkeys(sums, NUM_UNITS) | {"wait": NUM_UNITS * len(sums)}
+    once = dict.fromkeys(["begin", "gather", "gathered", "commit"], 1)
+    assert {kind: calls.count(kind) for kind in calls} == once | counts
     assert calls[-1] == "commit"
-    for fault in FAULTS:
-        runs = run_ranks(world, functools.partial(train, overlap=overlap, fault=fault, shape=shape))
+    for fault in [*ENDS, *((kind, n + 1) for kind, count in counts.items() for n in range(count))]:
+        runs = run_ranks(world, functools.partial(body, fault=fault))
         for run, other in zip(runs, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(run["params"], other["params"], strict=True)), fault
             assert run["told"].keys() == other["told"].keys()

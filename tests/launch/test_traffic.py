@@ -68,3 +68,13 @@ def test_inner_steps_send_nothing_and_a_sync_the_parameters_once(per_host: int, 
         assert abs(figures["bytes_of_20_inner_steps"][host]) < 4096, figures
         sent, needed = figures["bytes_of_one_sync"][host], figures["parameter_bytes"]
         assert 0.95 * needed < sent < 1.02 * needed + 65536, figures
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+@pytest.mark.parametrize(("compression", "most"), [("int8", 0.27), ("int4", 0.15)])
+def test_a_compressed_sync_sends_a_part(compression: str, most: float) -> None:
+    """Protocol, norms and scales counted."""
+    figures = measure(2, busy=False, compression=compression)
+    for host in (0, 1):
+        assert abs(figures["bytes_of_20_inner_steps"][host]) < 4096, figures
+        assert 0.5 * most < figures["bytes_of_one_sync"][host] / figures["parameter_bytes"] < most, figures

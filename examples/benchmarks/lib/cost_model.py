@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 from lib.bench import NUM_PARAMETERS
-from lib.network_job import OVERLAPS
+from lib.network_job import COMPRESSIONS, OVERLAPS
+
+from hf_edit.method.compression import bytes_per_element
 
 NUM_UNITS = 10  # of the benchmarks' Llama: embeddings, 8 blocks, norm with head; an all-reduce each
 FORWARD_SHARE = 1 / 3  # of a step's computation; backward is the rest
@@ -29,6 +31,21 @@ def bits_per_second(rate: str) -> float:
         return float(number.removesuffix(scale)) * UNITS[scale]
     except ValueError:
         raise ValueError(f"rate {rate!r}: give one as tc writes it, such as 100mbit or 1gbit, or unlimited") from None
+
+
+def bytes_of_sync(compression: str = "none", num_replicas: int = 2) -> float:
+    """That a host sends in one sync of the benchmarks' Llama."""
+    return bytes_per_element(compression) * NUM_PARAMETERS * 2 * (num_replicas - 1) / num_replicas
+
+
+def rate_of(rho: float, tau: int, step_seconds: float) -> str:
+    """The rate, as `tc` writes it, at which a host's bytes of one uncompressed sync take `rho` times as long as its
+    `tau` inner steps.
+
+    >>> rate_of(1.0, 32, 0.25)[-4:]
+    'kbit'
+    """
+    return f"{round(8 * bytes_of_sync() / (rho * tau * step_seconds) / 1000)}kbit"
 
 
 def expected_share(
@@ -75,7 +92,7 @@ def expected_of_method(
 ) -> float:
     """`expected_share` of one of the benchmarks' methods on their Llama.
 
-    Every sync all-reduces the fp32 parameters, or as many gradients; an all-reduce sends 2 (R-1)/R times its size and
+    Every sync all-reduces the parameters, or as many gradients; an all-reduce sends 2 (R-1)/R times its size and
     takes 2 (R-1) messages one after the other; the units' run one after the other, after one more for the exchange of
     norms. HSDP does so in every step, beside the backward pass.
 
@@ -97,7 +114,7 @@ def expected_of_method(
     hidden_steps = {"none": 0.0, "forward": FORWARD_SHARE, "delayed": float(delay_steps)}
     return expected_share(
         compute_seconds=interval_steps * step_seconds,
-        sent_bytes=4 * NUM_PARAMETERS * 2 * (num_replicas - 1) / num_replicas,
+        sent_bytes=bytes_of_sync(COMPRESSIONS.get(method, "none"), num_replicas),
         bits_per_second=bits_per_second(rate),
         latency_seconds=rounds * delay_milliseconds / 1000,
         hidden_seconds=step_seconds * (1 - FORWARD_SHARE if synchronous else hidden_steps[OVERLAPS[method]]),

@@ -17,8 +17,13 @@ OVERLAPS = {
     "edit-delayed": "delayed",
     "a-edit": "forward",
     "a-edit-delayed": "delayed",
+    "edit-forward-int8": "forward",
+    "edit-forward-int4": "forward",
+    "edit-delayed-int8": "delayed",
+    "edit-delayed-int4": "delayed",
 }
 METHODS = ("hsdp", *OVERLAPS)  # what is compared with "never", the bound: no sync at all
+COMPRESSIONS = {name: name.rpartition("-")[2] for name in OVERLAPS if name.endswith(("-int8", "-int4"))}
 TIMED = ("a-edit", "a-edit-delayed")  # whose sync is triggered by time
 SYNC_FIGURES = ("sync_seconds", "exposed_seconds", "wait_seconds", "sync_bytes")
 
@@ -105,6 +110,7 @@ def edit_settings(job: Job) -> dict[str, Any]:
     if job.method == "never":
         return {**settings, "sync_interval": NEVER}
     settings["overlap"] = OVERLAPS[job.method]
+    settings["compression"] = COMPRESSIONS.get(job.method, "none")
     if job.units_in_flight is not None:
         settings["units_in_flight"] = job.units_in_flight
     if settings["overlap"] == "delayed":

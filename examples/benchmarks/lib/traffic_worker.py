@@ -1,4 +1,4 @@
-"""One rank of traffic.py: trains a Llama on random tokens. Arguments: folder, steps, trigger, busy.
+"""One rank of traffic.py: trains a Llama on random tokens. Arguments: folder, steps, EDiTConfig's settings, busy.
 
 The first rank of each host writes FOLDER/HOST.json.
 """
@@ -37,7 +37,7 @@ class Count(TrainerCallback):
 
 def main() -> None:
     folder = sys.argv[1]
-    steps, trigger, busy = map(json.loads, sys.argv[2:])
+    steps, settings, busy = map(json.loads, sys.argv[2:])
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     parameter_bytes = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
@@ -60,7 +60,7 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    config = {"num_replicas": 2, **trigger}
+    config = {"num_replicas": 2, **settings}
     count = Count()
     trainer = EDiTTrainer(
         model=model, args=args, train_dataset=rows, eval_dataset=rows[:8], edit_config=config, callbacks=[count]

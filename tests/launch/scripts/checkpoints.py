@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -173,13 +174,16 @@ def every_kind_of_data_resumes_in_later_epochs() -> dict[str, Any]:
 
 
 def delayed_syncs_resume_bit_for_bit() -> dict[str, Any]:
-    """A checkpoint between a sync's beginning and its application ends it first."""
-    config = EDiTConfig(sync_interval=3, warmup_steps=2, ema_warmup_syncs=1, overlap="delayed", delay_steps=2)
-    whole = run("delayed", config=config, save_steps=4)
-    steps = saved_steps("delayed")
-    for step in steps[:-1]:
-        resumed = run(f"delayed-{step}", str(FOLDER / "delayed" / f"checkpoint-{step}"), config=config, save_steps=4)
-        assert_same_end(whole, resumed, step)
+    """A checkpoint between a sync's beginning and its application ends it first; what codes leave out is in it."""
+    plain = EDiTConfig(sync_interval=3, warmup_steps=2, ema_warmup_syncs=1, overlap="delayed", delay_steps=2)
+    for config in (plain, dataclasses.replace(plain, compression="int4", offload_outer_state=True)):
+        name = f"delayed-{config.compression}"
+        whole = run(name, config=config, save_steps=4)
+        assert ("residual" in str(whole.end.tensors.keys())) == (config.compression != "none")
+        steps = saved_steps(name)
+        for step in steps[:-1]:
+            resumed = run(f"{name}-{step}", str(FOLDER / name / f"checkpoint-{step}"), config=config, save_steps=4)
+            assert_same_end(whole, resumed, step)
     return {"steps": steps}
 
 

@@ -65,6 +65,11 @@ def only_adapters_cross_and_are_saved() -> dict[str, Any]:
     resumed = parameters(again)
     if dist.get_rank() == 0:
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    coded = run(None, config=EDiTConfig(sync_interval=2, compression="int8"), max_steps=8, make=with_adapters,
+                optim="adamw_torch", learning_rate=1e-2)  # fmt: skip
+    assert_replicas_equal(coded)
+    for one, other in zip(losses(coded, "loss"), losses(trainer, "loss"), strict=True):
+        assert abs(one - other) < 0.01, (losses(coded, "loss"), losses(trainer, "loss"))
     return {"bytes per sync": per_sync, "adapters": elements * 4, "all": everything * 4}
 
 

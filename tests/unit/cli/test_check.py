@@ -168,6 +168,9 @@ def test_units_are_the_trainings(model: str) -> None:
         ({"outer_optimizer": "none"}, 400, 200, 0),
         ({"outer_momentum": 0.0}, 400, 200, 0),
         ({"offload_outer_state": True}, 800, 200 + 240, 0),
+        ({"compression": "int8"}, 1200, 2 * 320, 0),  # of three neighbours the sums, and what is left out beside
+        ({"compression": "int8", "overlap": "none"}, 1200, 800, 0),
+        ({"compression": "int8", "overlap": "delayed"}, 800, 240, 1600),
     ],
 )
 def test_memory_on_paper(settings: dict[str, Any], state: int, buffers: int, host: int) -> None:
