@@ -18,24 +18,17 @@ from typing import Any, Literal
 
 CONFIG_ENV_VAR = "EDIT_CONFIG"
 
+UNIFORM = {"weighting": "uniform", "anomaly_threshold": None, "max_pseudo_grad_norm": None}  # no penalty
+DILOCO = {"outer_warmup_syncs": 0, "outer_lr": 0.7, "outer_momentum": 0.9, **UNIFORM}
 PRESETS: dict[str, dict[str, Any]] = {
     "edit": {"outer_warmup_syncs": 0},
     "a-edit": {"outer_warmup_syncs": 0, "sync_seconds": 600.0, "weighting": "norm"},
-    "diloco": {
-        "outer_warmup_syncs": 0,
-        "outer_lr": 0.7,
-        "outer_momentum": 0.9,
-        "weighting": "uniform",
-        "anomaly_threshold": None,
-        "max_pseudo_grad_norm": None,
-    },
-    "post-local-sgd": {
-        "outer_optimizer": "none",
-        "weighting": "uniform",
-        "anomaly_threshold": None,
-        "max_pseudo_grad_norm": None,
-    },
-}
+    "diloco": DILOCO,
+    "streaming-diloco": {**DILOCO, "overlap": "delayed", "fragments": 4, "compression": "int4"},
+    "co2": {"outer_warmup_syncs": 0, "outer_optimizer": "sgd", "outer_lr": 1.0, "outer_momentum": 0.2,
+            "overlap": "delayed", **UNIFORM},
+    "post-local-sgd": {"outer_optimizer": "none", **UNIFORM},
+}  # fmt: skip
 
 
 def _knob(default: Any, help: str) -> Any:
@@ -116,6 +109,11 @@ class EDiTConfig:
         'What a sync sends: "none" (fp32), "bf16" (half of the bytes), "int8" (0.254), "int4" (0.141). What the codes '
         "leave out is kept and sent later (error feedback), at 4 bytes of memory a parameter.",
     )
+    fragments: int = _knob(
+        1,
+        "Parts in which the units are synced, one after the other and each once in sync_interval steps: the link's "
+        "greatest load is that much less. Evaluations and checkpoints sync all of them.",
+    )
     units_in_flight: int = _knob(
         2,
         "Units (embeddings, blocks, head) whose all-reduce is under way at a time, and whose buffers the device holds "
@@ -146,6 +144,7 @@ class EDiTConfig:
             "max_consecutive_anomalies",
             "max_consecutive_spikes",
             "delay_steps",
+            "fragments",
             "units_in_flight",
         ):
             value = getattr(self, name)
@@ -180,10 +179,18 @@ class EDiTConfig:
                 "syncs. Give sync_interval=1 to sync after every step."
             )
         if self.sync_seconds is None:
-            if self.overlap == "delayed" and _is_int(self.delay_steps, at_least=self.sync_interval + 1):
+            parts = self.fragments if _is_int(self.fragments, at_least=1) else 1
+            if self.sync_interval % parts:
                 raise ValueError(
-                    f"delay_steps={self.delay_steps}, but a sync begins every sync_interval={self.sync_interval} inner "
-                    "steps: a delayed one must be applied by then. Set delay_steps to at most sync_interval."
+                    f"fragments={parts} does not divide sync_interval={self.sync_interval}: a fragment is synced every "
+                    f"sync_interval / fragments inner steps. Set sync_interval to a multiple of {parts}."
+                )
+            steps = self.sync_interval // parts
+            if self.overlap == "delayed" and _is_int(self.delay_steps, at_least=steps + 1):
+                each = f"sync_interval={steps}" if parts == 1 else f"sync_interval / fragments = {steps}"
+                raise ValueError(
+                    f"delay_steps={self.delay_steps}, but a sync begins every {each} inner steps: a delayed one must "
+                    f"be applied by then. Set delay_steps to at most {steps}."
                 )
             return
         if not _is_number(self.sync_seconds) or not 0 < self.sync_seconds < math.inf:
@@ -198,12 +205,19 @@ class EDiTConfig:
     def preset(cls, name: str, **overrides: Any) -> EDiTConfig:
         """The configuration called `name`, with `overrides` on top.
 
-        "edit" is the paper's method to the letter, "a-edit" its time-triggered form, "diloco" has uniform weights, no
-        penalty and Nesterov 0.7/0.9 (arXiv 2311.08105), "post-local-sgd" averages the parameters (arXiv 1808.07217).
+        "edit" is the paper's method to the letter, "a-edit" its time-triggered form. The others have uniform weights
+        and no penalty: "diloco" (arXiv 2311.08105) Nesterov 0.7/0.9; "streaming-diloco" (arXiv 2501.18512) that in four
+        fragments, 4 bits (whole numbers with error feedback, not its floats) and delayed, where what is learnt
+        meanwhile is kept as a whole, not mixed; "co2" (arXiv 2401.16265) an outer step that is one interval late, its
+        outer state sharded as CO2*'s is, without staleness penalty and clipping of the momentum; "post-local-sgd"
+        (arXiv 1808.07217) averages the parameters.
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r}: one of {', '.join(map(repr, PRESETS))} is needed.")
-        return cls(**{**PRESETS[name], **overrides})
+        values = {**PRESETS[name], **overrides}
+        if name == "co2":
+            values.setdefault("delay_steps", values.get("sync_interval", cls.sync_interval))
+        return cls(**values)
 
     @classmethod
     def load(cls, source: EDiTConfig | dict[str, Any] | str | os.PathLike[str] | None) -> EDiTConfig:

@@ -25,7 +25,7 @@ from typing import Any
 
 from lib.bench import markdown_table, mean, pair_range, ratio_of_medians, share_text, subplots
 from lib.cost_model import bits_per_second, expected_of_method, rate_of
-from lib.network_job import METHODS, TIMED, window
+from lib.network_job import METHODS, OVERLAPS, TIMED, window
 from lib.results import add_run
 from lib.training import NUM_HOSTS, WARM_UP_STEPS, add_common_arguments, job_settings, measure_or_report, train
 
@@ -114,7 +114,7 @@ def measure_pair(
 ) -> dict[str, Any]:
     """A run of a method and one of "never", on the same network, one after the other."""
     tau = cell["tau"] or 2
-    delay_steps = min(arguments.delay_steps or tau // 2, tau) or 1
+    delay_steps = tau if cell["method"] == "co2" else min(arguments.delay_steps or tau // 2, tau) or 1
     sync_seconds = round(tau * usual_step_seconds, 2) if cell["method"] in TIMED else None
     pair = {}
     for method in ("never", cell["method"]) if never_first else (cell["method"], "never"):
@@ -130,7 +130,7 @@ def measure_pair(
     share = figures["tokens_per_second"] / never["tokens_per_second"]
     return {
         **cell,
-        "delay_steps": delay_steps if "delayed" in cell["method"] else None,
+        "delay_steps": delay_steps if OVERLAPS.get(cell["method"]) == "delayed" else None,
         "sync_seconds": sync_seconds,
         "never_first": never_first,
         "share": share,
@@ -234,8 +234,8 @@ def _labels(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Markdown: shares of the bound by rate, and then everything."""
-    figures = summary(results)
+    """Markdown: shares of the bound by rate, if they were not chosen by rho, and then everything."""
+    figures = [cell for cell in summary(results) if cell["rho"] is None]
     parts = []
     for (tau, delay), inside in panels(figures).items():
         methods = _labels(inside)
@@ -247,6 +247,10 @@ def tables(results: dict[str, Any]) -> str:
     return "\n\n".join([*parts, table(results)])
 
 
+def _link(cell: dict[str, Any]) -> str:
+    return cell["rate"] if cell["rho"] is None else f"rho {cell['rho']:g} ({cell['rate']})"
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row for each cell."""
     rows = []
@@ -255,14 +259,13 @@ def table(results: dict[str, Any]) -> str:
         exposed = cell["exposed_seconds_per_sync"]
         rows.append(
             [
-                cell["rate"], "" if cell["rho"] is None else f"{cell['rho']:g}",
-                f"{cell['delay_milliseconds']:g} ms", cell["tau"] or "", label(cell),
+                _link(cell), f"{cell['delay_milliseconds']:g} ms", cell["tau"] or "", label(cell),
                 f"{cell['tokens_per_second']:.0f}", share_text(cell["share"]),
                 f"{low:.3f} to {high:.3f} ({cell['pairs']})", "" if exposed is None else f"{exposed:.2f}",
                 f"{cell['bytes_per_token']:,.0f}", f"{cell['expected_share']:.3f}", f"{cell['expected_error']:+.3f}",
             ]
         )  # fmt: skip
-    heading = ["rate", "rho", "delay", "tau", "method", "tokens/s", "share of the bound", "pairs' range (number)",
+    heading = ["rate", "delay", "tau", "method", "tokens/s", "share of the bound", "pairs' range (number)",
                "exposed s per sync", "bytes per token", "model", "model's error"]  # fmt: skip
     return markdown_table(heading, rows)
 

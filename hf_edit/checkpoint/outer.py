@@ -3,6 +3,7 @@
 anchor/NAME        fp32, of the parameter's shape
 outer/NAME/KEY     what the outer rule keeps, by the rule's own names; or a user's optimizer, as tensors.py says
 detector/FIELD     statistics of all units and replicas
+syncs              in which each unit took part
 residual/NAME      fp32, of the parameter's shape: what compressed syncs left out; beside the inner optimizer's state
 """
 
@@ -67,10 +68,11 @@ def pack_outer(sync: OuterSync, ranks: ReplicaRanks) -> tuple[dict[str, Tensor],
 def load_outer(place: Path, manifest: Manifest, sync: OuterSync, rest: Mapping[str, Any], ranks: ReplicaRanks) -> None:
     """In place. A checkpoint of the warm-up, or of one replica, has no anchor, and leaves it."""
     saved = saved_tensors(place)
-    state = {key: tensor for key, tensor in _declared(sync).items() if key in saved and "detector/" not in key}
-    metas = {key.partition("/")[2]: meta for key, meta in saved.items() if key.startswith("detector/")}
-    detectors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in metas.items()}
-    state |= {f"detector/{name}": tensor for name, tensor in detectors.items()}
+    state = {key: tensor for key, tensor in _declared(sync).items() if key in saved and not _is_by_unit(key)}
+    by_unit = {
+        key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in saved.items() if _is_by_unit(key)
+    }
+    state |= by_unit
     same_class = (users := _users_class(sync)) == rest.get("class")
     entries = saved if users is not None and same_class else {}
     owners = [owner for unit in sync.units for owner in _owners(unit)]
@@ -80,8 +82,8 @@ def load_outer(place: Path, manifest: Manifest, sync: OuterSync, rest: Mapping[s
         unpack(outer.optimizer, _owners(unit), made, "outer/", rest["units"].get(unit.name, {}), lost, parts=True)
     if any(key.startswith("anchor/") for key in saved) and sync.states:
         _tell_what_starts_anew(sync, saved, rest.get("class"))
-    if detectors:
-        _place_detectors(sync, detectors, manifest)
+    if by_unit:
+        _place_by_unit(sync, by_unit, manifest)
     sync.sync_count = manifest.sync_count
 
 
@@ -100,6 +102,7 @@ def _tell_what_starts_anew(sync: OuterSync, saved: Mapping[str, Any], saved_clas
 def _declared(sync: OuterSync) -> dict[str, Tensor]:
     """Anchors, what a built-in rule keeps, detectors."""
     found: dict[str, Tensor] = {f"detector/{k}": v for k, v in sync.detectors.state_dict().items()}
+    found["syncs"] = sync.unit_syncs
     for unit, state in _pairs(sync):
         for key, flat in (("", state.anchor), *state.tensors.items()):
             views = state.views(flat.detach())
@@ -123,13 +126,22 @@ def _users_class(sync: OuterSync) -> str | None:
     return optimizer_class(optimizers[0]) if optimizers else None
 
 
-def _place_detectors(sync: OuterSync, saved: Mapping[str, Tensor], manifest: Manifest) -> None:
-    """Replica i takes the detectors of saved replica i mod R, by the units' names; a unit that is new starts anew."""
+def _is_by_unit(key: str) -> bool:
+    return key == "syncs" or key.startswith("detector/")
+
+
+def _place_by_unit(sync: OuterSync, saved: Mapping[str, Tensor], manifest: Manifest) -> None:
+    """What is kept by unit, by the units' names; a unit that is new starts anew. Replica i takes the detectors of saved
+    replica i mod R."""
     mine = DetectorState.zeros(len(sync.units), sync.peers.num_replicas)
     rows = {name: row for row, name in enumerate(manifest.units)}
     columns = [replica % manifest.num_replicas for replica in range(sync.peers.num_replicas)]
     for number, unit in enumerate(sync.units):
         if unit.name in rows:
             for name, tensor in mine.state_dict().items():
-                tensor[number] = saved[name][rows[unit.name]][columns]
+                tensor[number] = saved[f"detector/{name}"][rows[unit.name]][columns]
+            if "syncs" in saved:
+                sync.unit_syncs[number] = saved["syncs"][rows[unit.name]]
+            else:  # written before units had a count of their own
+                sync.unit_syncs[number] = manifest.sync_count
     sync.detectors = mine

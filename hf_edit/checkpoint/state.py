@@ -168,7 +168,7 @@ def load_outer(folder: Path, manifest: Manifest, training: Training) -> None:
 # -- counts ------------------------------------------------------------------------------------------------------------
 
 
-def counters(engine: Engine) -> dict[str, float]:
+def counters(engine: Engine) -> dict[str, Any]:
     """Where this rank is in the schedule, and its counts since the last sync."""
     schedule = engine.schedule
     return {
@@ -177,15 +177,18 @@ def counters(engine: Engine) -> dict[str, float]:
         "inner_steps": schedule.inner_steps,
         "interval_steps": schedule.interval_steps,
         "sync_count": engine.sync.sync_count,
+        "whole": engine.sync.whole,
+        "fragment_steps": list(engine.fragment_steps),
         "progress": engine.progress.confirmed,
     }
 
 
-def load_counters(engine: Engine, counters: dict[str, float]) -> None:
+def load_counters(engine: Engine, counters: dict[str, Any]) -> None:
     engine.tallies = {name: counters[name] for name in TALLIES}
     engine.schedule.step, engine.schedule.interval_steps = int(counters["step"]), int(counters["interval_steps"])
     engine.schedule.inner_steps = int(counters["inner_steps"])
-    engine.sync.sync_count = int(counters["sync_count"])
+    engine.sync.sync_count, engine.sync.whole = int(counters["sync_count"]), bool(counters["whole"])
+    engine.fragment_steps = list(counters["fragment_steps"])
     engine.progress.confirmed = counters["progress"]
 
 

@@ -48,6 +48,7 @@ class Sync:
     anomalous: list[tuple[int, int]]  # (unit, replica)
     restarted: list[tuple[int, int]]
     rolled_back: list[int]
+    units: list[int]  # that took part; []: all did
 
 
 @dataclass
@@ -87,12 +88,12 @@ class Journal:
         return table
 
     def per_unit(self, name: str) -> npt.NDArray[np.float32]:
-        """[N, U, R]: "norms" or "weights" of each sync, NaN where the record was thinned or had other units."""
+        """[N, U, R]: "norms" or "weights" of each sync, NaN where the unit had no part or the record was thinned."""
         table = np.full((len(self.syncs), len(self.units), self.num_replicas), np.nan, dtype=np.float32)
         for plane, sync in zip(table, self.syncs, strict=True):
-            values = getattr(sync, name)
-            if values is not None and len(values) == len(plane):
-                plane[:, : values.shape[1]] = values
+            values, units = getattr(sync, name), sync.units or range(len(plane))
+            if values is not None and len(values) == len(units) and max(units) < len(plane):
+                plane[list(units), : values.shape[1]] = values
         return table
 
     def left_out(self) -> npt.NDArray[np.bool_]:
@@ -239,6 +240,11 @@ def _sync(record: dict[str, Any], gradient_bytes: float) -> Sync:
     before = record.get("before") or {}
     steps = numbers(replicas.get("inner_steps"))
     nothing = [math.nan] * len(steps)
+    units = list(record.get("units") or [])
+
+    def index(row: int) -> int:
+        return units[row] if row < len(units) else row
+
     return Sync(
         number=int(record.get("sync") or 0),
         step=record["step"],
@@ -256,9 +262,10 @@ def _sync(record: dict[str, Any], gradient_bytes: float) -> Sync:
         before_wait_seconds=numbers(before.get("wait_seconds")) or nothing,
         norms=_table(record.get("norms")),
         weights=_table(record.get("weights")),
-        anomalous=[(unit, replica) for unit, replica in record.get("anomalous") or []],
-        restarted=[(unit, replica) for unit, replica in record.get("restarted") or []],
-        rolled_back=list(record.get("rolled_back") or []),
+        anomalous=[(index(unit), replica) for unit, replica in record.get("anomalous") or []],
+        restarted=[(index(unit), replica) for unit, replica in record.get("restarted") or []],
+        rolled_back=[index(unit) for unit in record.get("rolled_back") or []],
+        units=units,
     )
 
 

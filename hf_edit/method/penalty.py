@@ -39,6 +39,16 @@ class DetectorState:
     def state_dict(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def of(self, units: list[int]) -> DetectorState:
+        """A copy of these units' detectors."""
+        return DetectorState(**{name: tensor[units] for name, tensor in self.state_dict().items()})
+
+    def replaced(self, units: list[int], by: DetectorState) -> DetectorState:
+        """A copy in which these units have other detectors."""
+        rows = torch.tensor(units)
+        new = by.state_dict()
+        return DetectorState(**{name: t.index_copy(0, rows, new[name]) for name, t in self.state_dict().items()})
+
 
 def ema_update(mean: Tensor, variance: Tensor, count: Tensor, value: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Exponential moving mean and variance after `value`, the first ones being a plain mean.

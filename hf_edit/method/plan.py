@@ -53,13 +53,13 @@ def make_plan(
 
     Args:
         table: [R, U + T] float64 on the host; for each replica the squared norm of each unit, then its tallies.
-        tally_names: T names, "inner_steps" among them. A replica that did none is idle: it has nothing to say, and its
-            norm of 0 would weigh most.
+        tally_names: T names, "inner_steps" among them, and "unit_steps" where these units' last sync was another than
+            the last one. A replica that did none is idle: it has nothing to say, and its norm of 0 would weigh most.
     """
     num_units = table.shape[1] - len(tally_names)
     norms = table[:, :num_units].sqrt().T
     tallies = dict(zip(tally_names, table[:, num_units:].T, strict=True))
-    steps = tallies["inner_steps"]
+    steps = tallies.get("unit_steps", tallies["inner_steps"])
     idle = steps == 0
     anomalous, restarted, after = detect_anomalies(
         detectors,
@@ -92,7 +92,9 @@ class SyncRecord:
 
     sync: int
     plan: SyncPlan
-    unit_names: list[str]
+    units: list[int]  # that took part, of all of them; the plan's rows
+    unit_names: list[str]  # theirs
+    num_units: int  # of all
     sync_seconds: float
     exposed_seconds: float
     wait_seconds: float

@@ -74,6 +74,18 @@ class SyncSchedule:
         self._timed_from = self.clock()
 
 
+def fragments(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Units of `sizes` in `count` parts of about the same size: the largest first, each to the part that has least.
+
+    >>> fragments([10, 30, 60, 40, 60], 2)
+    [[0, 1, 4], [2, 3]]
+    """
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for unit in sorted(range(len(sizes)), key=lambda unit: -sizes[unit]):
+        min(parts, key=lambda part: sum(sizes[i] for i in part)).append(unit)
+    return sorted(sorted(part) for part in parts)
+
+
 @dataclass
 class GlobalProgress:
     """Steps of all replicas / R: exact at every sync, in between estimated from this replica's own (A-EDiT).

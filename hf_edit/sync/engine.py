@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import REQUESTS
-from hf_edit.method.schedule import GlobalProgress, SyncSchedule
+from hf_edit.method.schedule import GlobalProgress, SyncSchedule, fragments
 from hf_edit.peers.group import Peers
 from hf_edit.sync.equality import Buffers, check_agreement, make_replicas_equal
 from hf_edit.sync.overlap import Blocking, Delayed, Forward, Runner, beside
@@ -68,7 +68,15 @@ class Engine:
         self._on_begin = on_begin
         check_agreement(model, config, peers)
         self.units = find_units(model)
-        self.schedule = SyncSchedule(config.sync_interval, config.sync_seconds, config.warmup_steps, clock)
+        parts = config.fragments
+        if parts > len(self.units):
+            raise ValueError(
+                f"fragments={parts}, but the model has {len(self.units)} units: set it to at most that many."
+            )
+        self._fragments = fragments([sum(param.numel() for param in unit.params) for unit in self.units], parts)
+        self.fragment_steps = [0] * parts  # inner steps since the last sync of each
+        seconds = None if config.sync_seconds is None else config.sync_seconds / parts
+        self.schedule = SyncSchedule(config.sync_interval // parts, seconds, config.warmup_steps, clock)
         self.schedule.step = first_step
         self.progress = GlobalProgress(peers.replica, confirmed=float(first_step))
         self.sync = OuterSync(self.units, peers, peers.inside, config, optimizer, clock)
@@ -106,8 +114,8 @@ class Engine:
 
     @property
     def replicas_equal(self) -> bool:
-        """True if nothing was learnt since the last finished sync, or in warm-up."""
-        return self.schedule.interval_steps == 0 and not self.sync.pending
+        """True if nothing was learnt since the last finished sync of all units, or in warm-up."""
+        return self.schedule.interval_steps == 0 and not self.sync.pending and self.sync.whole
 
     def tally(self, **amounts: Tensor | float) -> None:
         """Adds to this rank's counts since the last sync (see `TALLIES`); a sync sums each over the replica's ranks."""
@@ -152,7 +160,9 @@ class Engine:
         if self._is_due(due):
             if self.sync.pending:  # by time, on a replica whose steps are long: it would keep the others waiting
                 agreed = self._complete()
-            self._begin(requests, self._way)
+            if agreed is not None and len(self._fragments) > 1 and (agreed or self.by_time):
+                return agreed  # what all do about it may begin with a sync of all units
+            self._begin(requests, self._way, whole=False)
             if not self._delay_steps:
                 agreed = self._complete()
         return agreed
@@ -175,8 +185,8 @@ class Engine:
                 so where they apply a delayed sync, and then sync what they learnt meanwhile; so this one joins them.
         """
         agreed = self.drain()
-        if self.schedule.interval_steps or (leaving and self._delay_steps):
-            agreed = self._sync(requests) | (agreed or set())
+        if self.schedule.interval_steps or not self.sync.whole or (leaving and self._delay_steps):
+            agreed = self._sync(requests, whole=True) | (agreed or set())
         return agreed
 
     def drain(self) -> set[str] | None:
@@ -191,7 +201,7 @@ class Engine:
         Result as of `step`. No sync may be under way.
         """
         self._wait_for_training_replicas()
-        return self._sync(requests)
+        return self._sync(requests, whole=False)
 
     def barrier(self) -> None:
         """Makes the replicas equal, when each calls it in its own time: joins the others' syncs until all are here.
@@ -205,7 +215,9 @@ class Engine:
         self._all_arrived = False
         while not self._all_arrived:
             self._wait_for_training_replicas()
-            self._sync(("barrier",))
+            self._sync(("barrier",), whole=False)
+        if not self.sync.whole:
+            self._sync((), whole=True)
 
     def _wait_for_training_replicas(self) -> None:
         """They may be an interval away: longer than any wait between replicas that are on their way to a sync."""
@@ -215,9 +227,9 @@ class Engine:
         self.peers.wait_for_arrivals(PATIENCE_INTERVALS * interval_seconds)
         self.sync.interval.rested_seconds += self._clock() - begun_at
 
-    def _sync(self, requests: Collection[str]) -> set[str]:
+    def _sync(self, requests: Collection[str], whole: bool) -> set[str]:
         while True:  # until all agree to it
-            self._begin(requests, self._blocking)
+            self._begin(requests, self._blocking, whole)
             if (agreed := self._complete()) is not None:
                 return agreed
 
@@ -233,6 +245,7 @@ class Engine:
         """
         self.sync.go_back(clear)
         self.schedule.inner_steps = 0  # it has nothing to tell of them
+        self.fragment_steps = [0] * len(self._fragments)
 
     def close(self) -> None:
         """Training has ended: DDP is left as it was found."""
@@ -242,16 +255,24 @@ class Engine:
         """Forgets a sync under way; for a training that was broken off."""
         self._under_way.abandon()
 
-    def _begin(self, requests: Collection[str], way: Blocking) -> None:
+    def _begin(self, requests: Collection[str], way: Blocking, whole: bool) -> None:
+        """Starts a sync: of all units if `whole`, else of those whose turn it is, which the sync's number says."""
+        parts = range(len(self._fragments))
+        chosen = parts if whole else [self.sync.sync_count % len(parts)]
+        told = [steps + self.schedule.inner_steps for steps in self.fragment_steps]
         # Steps are equal on all ranks of a replica, and what is gathered is the sum over them.
         schedule, size = self.schedule, self.peers.inside.size
         steps = {"inner_steps": schedule.inner_steps / size, "interval_steps": schedule.interval_steps / size}
         asked = {name: float(name in requests) for name in (*REQUESTS, "barrier")}
+        if len(parts) > 1:
+            steps["unit_steps"] = max(told[part] for part in chosen) / size
         measured = {name: value / size for name, value in self.sync.interval.tallies(self._clock()).items()}
         more = {} if self._on_begin is None else self._on_begin()
-        way.begin({**self.tallies, **asked, "buffers": self._buffers.changed(), **steps, **measured, **more})
+        tallies = {**self.tallies, **asked, "buffers": self._buffers.changed(), **steps, **measured, **more}
+        way.begin(tallies, sorted(unit for part in chosen for unit in self._fragments[part]))
         self._under_way = way
-        self._reported = self.tallies, schedule.inner_steps, schedule.interval_steps
+        self._reported = self.tallies, schedule.inner_steps, schedule.interval_steps, self.fragment_steps
+        self.fragment_steps = [0 if part in chosen else steps for part, steps in enumerate(told)]
         self.tallies = dict.fromkeys(TALLIES, 0.0)
         schedule.restart()
         self.progress.hand_over()
@@ -284,8 +305,9 @@ class Engine:
     def _take_back(self) -> None:
         """The sync under way has come to nothing: all is as if it had not begun."""
         self._under_way.abandon()
-        tallies, inner_steps, interval_steps = self._reported
+        tallies, inner_steps, interval_steps, fragment_steps = self._reported
         self.tally(**tallies)
+        self.fragment_steps = fragment_steps
         self.schedule.inner_steps += inner_steps
         self.schedule.interval_steps += interval_steps
         self.schedule.restart_timer(self._clock())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -35,10 +35,13 @@ class Blocking:
     def __init__(self, sync: OuterSync) -> None:
         self._sync = sync
 
-    def begin(self, tallies: dict[str, Tensor | float]) -> None:
-        """Tells the other replicas; the parameters must not change until the sync has ended."""
+    def begin(self, tallies: dict[str, Tensor | float], indices: Sequence[int] | None = None) -> None:
+        """Tells the other replicas; the parameters must not change until the sync has ended.
+
+        Args: as of `OuterSync.begin`.
+        """
         with self._sync.exposed:
-            self._sync.begin(tallies)
+            self._sync.begin(tallies, indices=indices)
 
     def decide(self) -> SyncPlan:
         """Waits until all replicas have come to the sync under way; what they decided."""
@@ -83,7 +86,7 @@ class Blocking:
         return self._sync.reduce(run)
 
     def _apply(self, run: Running, went_on: bool) -> None:
-        self._sync.apply(run, len(self._sync.units))
+        self._sync.apply(run, len(run.units))
 
 
 class Forward(Blocking):
@@ -100,7 +103,7 @@ class Forward(Blocking):
     def finish(self) -> None:
         if self._sync.running is not None:
             with self._sync.exposed:
-                self._apply_before(self._sync.running, len(self._sync.units))
+                self._apply_before(self._sync.running, len(self._sync.running.units))
 
     def abandon(self) -> None:
         super().abandon()
@@ -113,26 +116,26 @@ class Forward(Blocking):
         return self._sync.peers.commit(run.number)
 
     def _apply(self, run: Running, went_on: bool) -> None:
-        for index, unit in enumerate(self._sync.units):
-            for module in unit.modules:
-                hook = partial(self._before_forward, index)
+        for place, index in enumerate(run.units):
+            for module in self._sync.units[index].modules:
+                hook = partial(self._before_forward, place)
                 # Before FSDP2's own hook, which gathers the shards.
                 self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
 
-    def _before_forward(self, index: int, module: torch.nn.Module, args: Any) -> None:
+    def _before_forward(self, place: int, module: torch.nn.Module, args: Any) -> None:
         run = self._sync.running
-        if run is None or index < run.applied:
+        if run is None or place < run.applied:
             return
         with self._sync.exposed:
             # All before it too: a rank that does not use a unit in this step must not change the collectives' order.
-            self._apply_before(run, index + 1)
-            self._sync.units[index].start_gathering()
+            self._apply_before(run, place + 1)
+            self._sync.units[run.units[place]].start_gathering()
 
     def _apply_before(self, run: Running, end: int) -> None:
-        for index in range(run.applied, end):
+        for place in range(run.applied, end):
             if self._sync.peers.fixed:
-                self._sync.land(run, index)
-            self._sync.apply(run, index + 1)
+                self._sync.land(run, place)
+            self._sync.apply(run, place + 1)
         if not self._sync.pending:
             self._remove_hooks()
 
@@ -159,9 +162,9 @@ class Delayed(Blocking):
         self._decided = threading.Event()
         self._committed: Callable[[], bool] | None = None
 
-    def begin(self, tallies: dict[str, Tensor | float]) -> None:
+    def begin(self, tallies: dict[str, Tensor | float], indices: Sequence[int] | None = None) -> None:
         with self._sync.exposed:
-            run = self._sync.begin(tallies, in_host=True)
+            run = self._sync.begin(tallies, in_host=True, indices=indices)
             device = self._sync.device
             written = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
             self._decided = decided = threading.Event()
@@ -200,7 +203,7 @@ class Delayed(Blocking):
         return committed()
 
     def _apply(self, run: Running, went_on: bool) -> None:
-        self._sync.apply(run, len(self._sync.units), went_on)
+        self._sync.apply(run, len(run.units), went_on)
 
 
 class _Outcome(Generic[T]):

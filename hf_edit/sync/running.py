@@ -16,10 +16,11 @@ from hf_edit.sync.reduction import Sum
 
 @dataclass
 class Running:
-    """A sync under way; what is kept for a unit is by its index. `plan` and `detectors` (after this sync) come with the
-    exchange."""
+    """A sync under way. `units` are the indices of those that take part; what is kept for one is by its place in that
+    list. `plan` and `detectors` (after this sync) come with the exchange."""
 
     number: int
+    units: list[int]
     begun_at: float
     members: list[int]
     gathered: Callable[[], Tensor]
@@ -45,13 +46,13 @@ class Running:
         return self.plan
 
     def recorder(
-        self, unit_names: list[str], exposed: Callable[[], float], now: float, interval_seconds: float,
+        self, unit_names: list[str], num_units: int, exposed: Callable[[], float], now: float, interval_seconds: float,
         sync_bytes: int, device: torch.device,
     ) -> Callable[[], SyncRecord]:  # fmt: skip
         """What makes the record of this sync, which ended at `now`; on CUDA the call waits for a copy to the host."""
         one = torch.ones((), dtype=torch.float64, device=device)
         squares = torch.stack([0 * one, *self.replica_squares]).sum()
-        factors = [self.factors[index].double() if index in self.factors else one for index in range(len(unit_names))]
+        factors = [self.factors[place].double() if place in self.factors else one for place in range(len(self.units))]
         outcome = HostCopy(torch.stack([squares, *factors]))
 
         def record() -> SyncRecord:
@@ -59,7 +60,9 @@ class Running:
             return SyncRecord(
                 sync=self.number,
                 plan=self.decided,
+                units=self.units,
                 unit_names=unit_names,
+                num_units=num_units,
                 sync_seconds=now - self.begun_at,
                 exposed_seconds=exposed(),
                 wait_seconds=self.wait_seconds,

@@ -54,6 +54,8 @@ class OuterSync:
         self.peers = peers
         self.config = config
         self.sync_count = 0
+        self.whole = True  # the last sync was of all units, or there was none yet
+        self.unit_syncs = torch.zeros(len(self.units), dtype=torch.int64)  # in which each unit took part
         self.states: list[OuterState] = []
         self.detectors = DetectorState.zeros(len(self.units), peers.num_replicas)
         self.rule = outer_rule(
@@ -84,7 +86,7 @@ class OuterSync:
             self.reduction.residuals = [
                 torch.zeros(state.anchor.shape, device=device, pin_memory=pin) for state in self.states
             ]
-        self._last_end = self.clock()
+        self.whole, self._last_end = True, self.clock()
         self.interval = Interval(self._last_end)
 
     @property
@@ -106,10 +108,13 @@ class OuterSync:
 
     @torch.no_grad()
     @phase("exchange")
-    def begin(self, tallies: dict[str, Tensor | float], in_host: bool = False) -> Running:
+    def begin(
+        self, tallies: dict[str, Tensor | float], in_host: bool = False, indices: Sequence[int] | None = None
+    ) -> Running:
         """Starts a sync: sends this replica's norms and tallies, or has them ready to be sent by `await_plan`.
 
         Args:
+            indices: the units that take part, equal on all replicas, in ascending order; None: all.
             tallies: scalars to sum over this replica's ranks and to share with all replicas, by name.
             in_host: all goes through host memory, while the parameters go on changing; nothing is sent yet.
         """
@@ -117,11 +122,12 @@ class OuterSync:
             raise RuntimeError("A sync is under way already; finish it before the next one begins.")
         number, begun_at, bytes_before = self.sync_count + 1, self.clock(), self.peers.bytes_sent
         members = [] if in_host else self.peers.begin(number)
+        indices = list(range(len(self.units)) if indices is None else indices)
         deltas, norms = [], []
         reuses = in_host and self.device.type == "cpu"
-        for unit, state in zip(self.units, self.states, strict=True):
+        for index in indices:
             new_like = self._scratch.take if reuses else torch.empty_like
-            delta = unit_values.read(unit, state, self.device, new_like)
+            delta = unit_values.read(self.units[index], self.states[index], self.device, new_like)
             norms.append(square_norm(delta))
             if in_host:
                 deltas.append(self._scratch.to_host(delta))
@@ -130,7 +136,7 @@ class OuterSync:
         sent = self._scratch.to_host(packed) if in_host else packed
         gathered = (lambda: self.peers.gather(sent)()) if in_host else self.peers.gather(sent)
         self.waited_until = None
-        self.running = Running(number, begun_at, members, gathered, list(tallies), bytes_before, deltas)
+        self.running = Running(number, indices, begun_at, members, gathered, list(tallies), bytes_before, deltas)
         return self.running
 
     @phase("await_plan")
@@ -142,7 +148,8 @@ class OuterSync:
             rows = run.gathered().cpu()  # the one time that the host reads the device in a sync
             table = rows.new_zeros(self.peers.num_replicas, rows.shape[1])  # who does not take part did no step
             table[run.members] = rows
-            run.plan, run.detectors = make_plan(table, run.tally_names, self.detectors, self.config)
+            before = self.detectors.of(run.units)
+            run.plan, run.detectors = make_plan(table, run.tally_names, before, self.config)
             run.network = Stopwatch(table.device if run.deltas else self.device, self.clock)
             run.network.start()
             if run.deltas:
@@ -152,54 +159,54 @@ class OuterSync:
     @torch.no_grad()
     @phase("reduce")
     def launch(self, run: Running, end: int) -> None:
-        """Starts the sums of the units before `end` that have not been started; none where nothing changes."""
-        while run.launched < min(end, len(self.units)):
-            index, run.launched = run.launched, run.launched + 1
-            if run.decided.unchanged[index]:
+        """Starts the sums of the units before place `end` that have not been started; none where nothing changes."""
+        while run.launched < min(end, len(run.units)):
+            place, run.launched = run.launched, run.launched + 1
+            if run.decided.unchanged[place]:
                 continue
-            weight = float(run.decided.weights[index, self.peers.replica])
+            weight, index = float(run.decided.weights[place, self.peers.replica]), run.units[place]
             scratch = self._scratch if run.deltas else None  # the deltas of a delayed sync are needed again
             if run.deltas:
-                delta = run.deltas[index]
+                delta = run.deltas[place]
             else:
                 delta = unit_values.read(self.units[index], self.states[index], self.device)
-            run.flying[index] = self.reduction.start(index, delta, weight, run.members, scratch)
+            run.flying[place] = self.reduction.start(index, delta, weight, run.members, scratch)
 
     @torch.no_grad()
     @phase("await_average")
-    def land(self, run: Running, index: int) -> None:
+    def land(self, run: Running, place: int) -> None:
         """Waits until a unit is reduced; on CUDA the current stream does."""
         in_flight = self.config.units_in_flight
-        self.launch(run, index + in_flight + self.reduction.stages - 1)
-        for later in range(index, min(index + in_flight, len(self.units))):
+        self.launch(run, place + in_flight + self.reduction.stages - 1)
+        for later in range(place, place + in_flight):
             if later in run.flying:
                 run.flying[later].advance()
-        if index in run.flying:
-            run.averages[index] = average = run.flying[index].wait()
-            run.square_norms[index] = square_norm(average)
-        if index == len(self.units) - 1 and run.network is not None:
+        if place in run.flying:
+            run.averages[place] = average = run.flying[place].wait()
+            run.square_norms[place] = square_norm(average)
+        if place == len(run.units) - 1 and run.network is not None:
             run.network.stop()
 
     def reduce(self, run: Running) -> bool:
         """Reduces all units, and commits: True if the sync is to be applied, on all members."""
         self.await_plan(run)
-        for index in range(len(self.units)):
-            self.land(run, index)
+        for place in range(len(run.units)):
+            self.land(run, place)
         return self.peers.commit(run.number)
 
     @torch.no_grad()
     def apply(self, run: Running, end: int, went_on: bool = False) -> None:
-        """Clips, steps and writes the units before `end` that have not been; the last one ends the sync.
+        """Clips, steps and writes the units before place `end` that have not been; the last one ends the sync.
 
         Args:
             went_on: the parameters have changed since `begin`, and keep what they have learnt.
         """
-        indices = range(run.applied, end)
-        self._clip(run, [index for index in indices if index in run.averages])
-        for index in indices:
-            self._apply(run, index, went_on)
+        places = range(run.applied, end)
+        self._clip(run, [place for place in places if place in run.averages])
+        for place in places:
+            self._apply(run, place, went_on)
             run.applied += 1
-        if run.applied == len(self.units) and self.running is run:
+        if run.applied == len(run.units) and self.running is run:
             self._end(run)
 
     @torch.no_grad()
@@ -214,8 +221,10 @@ class OuterSync:
         if run is not None and not run.deltas:
             raise RuntimeError("A sync is under way that is not carried out yet; finish it first.")
         for index, (unit, state) in enumerate(zip(self.units, self.states, strict=True)):
-            flat = self._here(state.anchor) if run is None else self._here(run.deltas[index]).neg()
-            if run is not None:
+            if run is None or index not in run.units:
+                flat = self._here(state.anchor)
+            else:  # to where it was when the sync under way began, which tells the others of it
+                flat = self._here(run.deltas[run.units.index(index)]).neg()
                 unit_values.add_given(unit, state, flat, state.anchor, 1)
             unit_values.write(unit, state, flat)
             if clear:
@@ -228,13 +237,13 @@ class OuterSync:
     # -- one unit -----------------------------------------------------------------------------------------------------
 
     @phase("clip")
-    def _clip(self, run: Running, indices: list[int]) -> None:
+    def _clip(self, run: Running, places: list[int]) -> None:
         """What clips the averages of these units, whose norms are reduced over the replica together."""
-        if not indices or self.config.max_pseudo_grad_norm is None:
+        if not places or self.config.max_pseudo_grad_norm is None:
             return
-        squares = self._over_replica(run, [run.square_norms.pop(index) for index in indices])
+        squares = self._over_replica(run, [run.square_norms.pop(place) for place in places])
         factors = clip_factor(squares.sqrt(), self.config.max_pseudo_grad_norm)
-        run.factors.update(zip(indices, factors.unbind(), strict=True))
+        run.factors.update(zip(places, factors.unbind(), strict=True))
 
     def _over_replica(self, run: Running, squares: list[Tensor]) -> Tensor:
         stacked = torch.stack(squares)
@@ -244,37 +253,39 @@ class OuterSync:
         run.replica_squares += summed.unbind()
         return summed
 
-    def _apply(self, run: Running, index: int, went_on: bool) -> None:
-        unit, state, average = self.units[index], self.states[index], run.averages.pop(index, None)
-        if index in run.flying:
-            run.flying.pop(index).keep()
+    def _apply(self, run: Running, place: int, went_on: bool) -> None:
+        index = run.units[place]
+        unit, state, average = self.units[index], self.states[index], run.averages.pop(place, None)
+        if place in run.flying:
+            run.flying.pop(place).keep()
         correction = None
         if went_on:  # becomes the new anchor minus where the parameters were, both as the replica is given them
-            correction = self._here(run.deltas[index])
+            correction = self._here(run.deltas[place])
             unit_values.add_given(unit, state, correction, state.anchor, -1)
-        anchor = self._step(run, index, average)
+        anchor = self._step(run, place, average)
         if correction is not None:
             unit_values.add_given(unit, state, correction, anchor, 1)
-        self._write(run, index, anchor, correction)
-        for used in (run.deltas[index], average) if run.deltas else ():
+        self._write(run, place, anchor, correction)
+        for used in (run.deltas[place], average) if run.deltas else ():
             if used is not None:
                 self._scratch.give(used)
 
     @phase("step")
-    def _step(self, run: Running, index: int, average: Tensor | None) -> Tensor:
+    def _step(self, run: Running, place: int, average: Tensor | None) -> Tensor:
+        index = run.units[place]
         state = self.states[index]
         if average is None:
             return self._here(state.anchor)
         gradient = self._here(average)
-        if index in run.factors:
-            gradient.mul_(run.factors[index])
-        return self.rule.step(state, gradient, run.number - 1)
+        if place in run.factors:
+            gradient.mul_(run.factors[place])
+        return self.rule.step(state, gradient, int(self.unit_syncs[index]))
 
     @phase("write")
-    def _write(self, run: Running, index: int, anchor: Tensor, correction: Tensor | None) -> None:
+    def _write(self, run: Running, place: int, anchor: Tensor, correction: Tensor | None) -> None:
         """A unit takes the anchor, or adds the correction unless it is broken."""
-        unit, state = self.units[index], self.states[index]
-        broken = not run.decided.norms[index, self.peers.replica].isfinite()
+        unit, state = self.units[run.units[place]], self.states[run.units[place]]
+        broken = not run.decided.norms[place, self.peers.replica].isfinite()
         if correction is None or broken:
             unit_values.write(unit, state, anchor)
         else:
@@ -300,7 +311,9 @@ class OuterSync:
 
     def _end(self, run: Running) -> None:
         assert run.detectors is not None
-        self.detectors, self.sync_count, self.running = run.detectors, run.number, None
+        self.detectors = self.detectors.replaced(run.units, run.detectors)
+        self.unit_syncs[run.units] += 1
+        self.sync_count, self.whole, self.running = run.number, len(run.units) == len(self.units), None
         now = self.clock()
         if not run.deltas:
             self.waited_until = now
@@ -308,11 +321,12 @@ class OuterSync:
             self._over_replica(run, list(run.square_norms.values()))
         interval_seconds, self._last_end = now - self._last_end, now
         sync_bytes = self.peers.bytes_sent - run.bytes_before
-        names = [unit.name for unit in self.units]
+        names = [self.units[index].name for index in run.units]
         exposed = self.exposed.lap()
         if run.network is not None:
             self.interval = Interval(run.begun_at, exposed, run.wait_seconds, run.network.lap())
-        record = run.recorder(names, exposed, now, interval_seconds, sync_bytes, self.device)
+        record = run.recorder(names, len(self.units), exposed, now, interval_seconds, sync_bytes, self.device)
         run.deltas.clear()  # the record keeps no memory that is used again
-        if float(run.decided.tallies["inner_steps"].sum()) > 0:  # else nobody has anything to tell of
+        tallies = run.decided.tallies
+        if float(tallies.get("unit_steps", tallies["inner_steps"]).sum()) > 0:  # else nobody has anything to tell of
             self._finished.append(record)

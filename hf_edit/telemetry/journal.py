@@ -4,7 +4,8 @@ One rank of a job writes it. A line is a JSON object with a "kind":
 
     run     a training begins, or goes on: step, replicas, units, settings; records before it of later steps are void
     sync    times, bytes; by replica its steps, loss, tokens and computing seconds in the interval that ended there;
-            what each replica measured of the sync before; by unit and replica norms, z, weights; by unit the clip
+            what each replica measured of the sync before; by unit and replica norms, z, weights; by unit the clip;
+            `units`, their indices, where they are not all
     spike   the largest loss spike of a replica in an interval
     log     what else the Trainer logged
     event   what was alerted
@@ -139,6 +140,7 @@ def sync_values(record: SyncRecord) -> dict[str, Any]:
     steps = told["inner_steps"]
     return {
         "sync": record.sync,
+        **({"units": record.units} if len(record.units) < record.num_units else {}),
         **{name.removeprefix("edit/"): value for name, value in sync_logs(record).items()},
         "interval_seconds": record.interval_seconds,
         "replicas": {

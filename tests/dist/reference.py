@@ -37,6 +37,7 @@ def simulate(
     max_consecutive: int = 3,
     max_grad_norm: float | None = None,
     delay: int = 0,
+    parts: list[list[str]] | None = None,
 ) -> dict[str, Tensor]:
     """The parameters that all replicas hold at the end.
 
@@ -44,6 +45,7 @@ def simulate(
         unit_of: the name of the unit that a parameter belongs to.
         losses: the training loss of a network in a step, over the batches of the given ranks.
         delay: steps between the beginning of a sync and its application; 0: at once.
+        parts: names of units that are synced together, one part every tau / len(parts) steps; None: all are.
     """
     nets = [make_net() for _ in range(num_replicas)]
     optimizers = [make_optimizer(net.parameters()) for net in nets]
@@ -54,7 +56,10 @@ def simulate(
     velocity: dict[str, Tensor] = {}
     seen = {(unit, i): (0.0, 0.0, 0) for unit in units for i in range(num_replicas)}
     streak = dict.fromkeys(seen, 0)
+    parts = parts or [list(units)]
     syncs = 0
+    whole = True  # the last sync was of all units
+    taken = dict.fromkeys(units, 0)  # syncs in which the unit took part
     corrections: list[dict[str, Tensor]] = []  # of a sync that has begun, one for each replica
 
     def take_anchor() -> None:
@@ -65,26 +70,31 @@ def simulate(
     def apply() -> None:
         with torch.no_grad():
             for net, correction in zip(nets, corrections, strict=True):
-                for name, param in net.named_parameters():
-                    param += correction[name]
+                params = dict(net.named_parameters())
+                for name, by in correction.items():
+                    params[name] += by
         corrections.clear()
 
-    def outer_sync(at_once: bool) -> None:
-        before = [{n: p.detach().clone() for n, p in net.named_parameters()} for net in nets]
-        move_anchor()
+    def outer_sync(at_once: bool, of_all: bool = False) -> None:
+        nonlocal syncs, whole
+        chosen = list(units) if of_all else parts[syncs % len(parts)]
+        syncs, whole = syncs + 1, len(chosen) == len(units)
+        moving = [name for unit in chosen for name in units[unit]]
+        before = [{n: p.detach().clone() for n, p in net.named_parameters() if n in moving} for net in nets]
+        move_anchor(chosen)
         corrections.extend({n: anchor[n] - own[n] for n in own} for own in before)
         if at_once:
             apply()
 
-    def move_anchor() -> None:
-        nonlocal syncs
-        mu, lr = outer_momentum, outer_lr
-        if outer_warmup and outer_momentum:
-            mu = min(outer_momentum, syncs / (syncs + outer_warmup))
-            lr = 1 - (1 - outer_lr) * mu / outer_momentum
-        syncs += 1
+    def move_anchor(chosen: list[str]) -> None:
         params = [dict(net.named_parameters()) for net in nets]
-        for unit, names in units.items():
+        for unit in chosen:
+            names = units[unit]
+            mu, lr = outer_momentum, outer_lr
+            if outer_warmup and outer_momentum:
+                mu = min(outer_momentum, taken[unit] / (taken[unit] + outer_warmup))
+                lr = 1 - (1 - outer_lr) * mu / outer_momentum
+            taken[unit] += 1
             deltas = [{n: anchor[n] - params[i][n].detach() for n in names} for i in range(num_replicas)]
             norms = [math.sqrt(sum(float(d[n].double().square().sum()) for n in names)) for d in deltas]
             good = []
@@ -140,11 +150,11 @@ def simulate(
             since += 1
             if corrections and since == delay:
                 apply()
-            if since == tau:
+            if since == tau // len(parts):
                 outer_sync(at_once=delay == 0)
                 since = 0
     if corrections:
         apply()
-    if since:
-        outer_sync(at_once=True)
+    if since or not whole:
+        outer_sync(at_once=True, of_all=True)
     return {name: copy.deepcopy(param.detach()) for name, param in nets[0].named_parameters()}

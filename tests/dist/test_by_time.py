@@ -26,12 +26,27 @@ class Scalar(nn.Module):
         self.p = nn.Parameter(torch.tensor([0.0]))
 
 
+class Cell(Scalar):
+    """A block, and so a unit."""
+
+
+class Scalars(Scalar):
+    """Three units of a parameter each."""
+
+    _no_split_modules = ("Cell",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList([Cell(), Cell()])
+
+
 class Replica:
-    """One parameter, SGD with lr 1 and a constant gradient; a step takes `step_seconds` on its own clock."""
+    """SGD with lr 1 and a constant gradient for each parameter, of which there is one, or with fragments three; a step
+    takes `step_seconds` on its own clock."""
 
     def __init__(self, rank: int, world: int, step_seconds: float, gradient: float, **settings: Any) -> None:
         self.now, self.step_seconds, self.gradient = 100.0, step_seconds, gradient
-        self.model = DistributedDataParallel(Scalar())
+        self.model = DistributedDataParallel(Scalars() if settings.get("fragments", 1) > 1 else Scalar())
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
         peers = ProcessGroupPeers(Layout.split(world, world, rank), 30.0)
         config = EDiTConfig(**{**PLAIN, "overlap": "none", **settings})
@@ -39,14 +54,21 @@ class Replica:
 
     @property
     def value(self) -> float:
-        return self.model.module.p.item()
+        """Of the parameters, which are equal where all have been synced."""
+        values = {param.item() for param in self.model.parameters()}
+        assert len(values) == 1, values
+        return values.pop()
 
     def step(self, requests: Any = ()) -> Any:
+        self.take_step()
+        return self.engine.step(requests)
+
+    def take_step(self) -> None:
         self.now += self.step_seconds
-        self.model.module.p.grad = torch.tensor([self.gradient])
+        for param in self.model.parameters():
+            param.grad = torch.tensor([self.gradient])
         self.engine.before_optimizer_step()
         self.optimizer.step()
-        return self.engine.step(requests)
 
 
 @pytest.mark.parametrize(("weighting", "after"), [("steps", -7.0), ("uniform", -7.5)])

@@ -99,7 +99,7 @@ class Trained:
         self, replicas: int, inner: str = "sgd", outer: Any = "nesterov", bf16: bool = False, **settings: Any
     ) -> None:
         outer = OPTIMIZERS.get(outer, outer)
-        self.config = EDiTConfig(sync_interval=1, outer_optimizer=outer, **{"overlap": "none", **settings})
+        self.config = EDiTConfig(outer_optimizer=outer, **{"overlap": "none", "sync_interval": 1, **settings})
         self.layout = Layout.split(dist.get_world_size(), replicas, dist.get_rank())
         net = SmallParts()
         self.model = shard(net.bfloat16() if bf16 else net, self.layout)
@@ -208,14 +208,16 @@ def test_every_rank_gets_its_own_state_back(
     assert run_ranks(2 * replica_size, body) == [([], [])] * (2 * replica_size)
 
 
-@pytest.mark.parametrize("settings", [dict(overlap="none"), dict(overlap="delayed", delay_steps=1)])
+@pytest.mark.parametrize(
+    "settings", [dict(overlap="none"), dict(overlap="delayed", delay_steps=1), dict(sync_interval=2, fragments=2)]
+)
 @pytest.mark.parametrize("replica_size", [1, 2])
 def test_what_compressed_syncs_left_out_comes_back(replica_size: int, settings: Any, tmp_path: Path) -> None:
     """And the training goes on bit for bit; with more replicas each residual counts once."""
 
     def body(rank: int) -> Any:
-        one = Trained.saved(tmp_path / "saved", 2, compression="int4", **settings)
-        other = Trained(2, compression="int4", **settings)
+        one = Trained.saved(tmp_path / "saved", 2, compression="int4", weighting="uniform", **settings)
+        other = Trained(2, compression="int4", weighting="uniform", **settings)
         other.load(tmp_path / "saved")
         at_once = differing(one.state(), other.state())
         assert all(residual.any() for residual in other.engine.sync.reduction.residuals)
@@ -226,7 +228,7 @@ def test_what_compressed_syncs_left_out_comes_back(replica_size: int, settings: 
     assert run_ranks(2 * replica_size, body) == [([], [])] * (2 * replica_size)
 
     def more(rank: int) -> list[bool]:
-        resized = Trained(4, compression="int4", **settings)
+        resized = Trained(4, compression="int4", weighting="uniform", **settings)
         resized.load(tmp_path / "saved")
         return [bool(residual.any()) for residual in resized.engine.sync.reduction.residuals]
 

@@ -82,23 +82,29 @@ def state_of(engine: Engine, model: nn.Module) -> list[Tensor]:
     sync = engine.sync
     outer = [t for state in sync.states for t in (state.anchor, *state.tensors.values())]
     outer += sync.reduction.residuals
-    counts = [sync.sync_count, engine.schedule.inner_steps, engine.schedule.interval_steps, engine.progress.value]
+    counts = [
+        sync.sync_count,
+        sync.whole,
+        *sync.unit_syncs,
+        *engine.fragment_steps,
+        engine.schedule.inner_steps,
+        engine.schedule.interval_steps,
+        engine.progress.value,
+    ]
     numbers = torch.tensor([float(value) for value in (*counts, *engine.tallies.values())], dtype=torch.float64)
     params = [part for unit in engine.units for part in unit.parts()]
     return [t.detach().clone() for t in (*params, *outer, *sync.detectors.state_dict().values(), numbers)]
 
 
 def train(
-    rank: int, overlap: str, fault: tuple[str, int] | None, shape: tuple[int, int], compression: str = "none"
+    rank: int, overlap: str, fault: tuple[str, int] | None, shape: tuple[int, int], **settings: Any
 ) -> dict[str, Any]:
     """A sync every 2 steps (by hand, so that a failed one is not tried again at once); the second one fails."""
     layout = Layout.split(shape[0] * shape[1], shape[0], rank)
     model = shard(Net(), layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     peers = Leaving(layout, 30.0)
-    config = EDiTConfig(
-        sync_interval=1000, overlap=overlap, delay_steps=1, max_pseudo_grad_norm=0.05, compression=compression
-    )
+    config = EDiTConfig(sync_interval=1000, overlap=overlap, delay_steps=1, max_pseudo_grad_norm=0.05, **settings)
     engine = Engine(model, optimizer, config, peers, runner=at_once)
     assert isinstance(engine.progress, GlobalProgress)
 
@@ -112,7 +118,7 @@ def train(
         engine.step()
 
     def sync() -> Any:
-        engine._begin((), engine._way)
+        engine._begin((), engine._way, whole=False)
         agreed = engine._complete()
         if agreed is not None:
             engine._under_way.finish()
@@ -144,17 +150,20 @@ def train(
 ENDS = [("begin", 1), ("gather", 1), ("gathered", 1), ("commit", 1), ("no", 0)]
 
 
-@pytest.mark.parametrize("compression", ["none", "int8"])
+@pytest.mark.parametrize(("compression", "fragments"), [("none", 1), ("int8", 1), ("int8", 2)])
 @pytest.mark.parametrize("overlap", ["none", "forward", "delayed"])
 @pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
-def test_a_sync_that_fails_is_as_if_it_had_not_begun(overlap: str, shape: tuple[int, int], compression: str) -> None:
+def test_a_sync_that_fails_is_as_if_it_had_not_begun(
+    overlap: str, shape: tuple[int, int], compression: str, fragments: int
+) -> None:
     """And the next one brings what this one would have brought, in parameters and in counts."""
     world = shape[0] * shape[1]
-    body = functools.partial(train, overlap=overlap, shape=shape, compression=compression)
+    body = functools.partial(train, overlap=overlap, shape=shape, compression=compression, fragments=fragments)
     expected = run_ranks(world, functools.partial(body, fault=None))
     calls = expected[0]["calls"]
     sums = ["all_reduce"] if compression == "none" else ["all_to_all", "all_gather"]
-    counts = dict.fromkeys(sums, NUM_UNITS) | {"wait": NUM_UNITS * len(sums)}
+    num_units = NUM_UNITS // fragments
+    counts = dict.fromkeys(sums, num_units) | {"wait": num_units * len(sums)}
     once = dict.fromkeys(["begin", "gather", "gathered", "commit"], 1)
     assert {kind: calls.count(kind) for kind in calls} == once | counts
     assert calls[-1] == "commit"

@@ -75,11 +75,7 @@ class ByHand(TrainerDecisions, TrainerProgress, PlainLoop):
                 self._behind()
                 dist.barrier()
                 return self
-            replica = self.replica
-            replica.now += replica.step_seconds
-            replica.model.module.p.grad = torch.tensor([replica.gradient])
-            replica.engine.before_optimizer_step()
-            replica.optimizer.step()
+            self.replica.take_step()
             self.lr_scheduler.step()
             self._before_the_trainer_counts()
             self.state.global_step += 1
@@ -120,10 +116,14 @@ def train_both(step_seconds: Any, rows: Any = (None, None), replica: Any = None,
 
 @pytest.mark.parametrize("slowness", [1.0, 1.3, 2.0, 3.7])
 @pytest.mark.parametrize("delay_steps", [0, 1, 5])
-def test_replicas_of_any_speed_evaluate_and_end_at_the_same_steps(slowness: float, delay_steps: int) -> None:
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_replicas_of_any_speed_evaluate_and_end_at_the_same_steps(
+    slowness: float, delay_steps: int, fragments: int
+) -> None:
     """With slowness 2 and a delay of 5 steps the slow replica ends each sync before, when the next one is due."""
     overlap = {"overlap": "delayed", "delay_steps": delay_steps} if delay_steps else {"overlap": "none"}
-    own, told = train_both((1.0, slowness), replica={"sync_seconds": 6.0, **overlap}, max_steps=60, eval_steps=10)
+    settings = {"sync_seconds": 6.0 * fragments, "fragments": fragments, **overlap}
+    own, told = train_both((1.0, slowness), replica=settings, max_steps=60, eval_steps=10)
     assert told["global step"] == 60
     assert told["evaluated"][-1] == 60
     assert len(told["evaluated"]) >= 3, told

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
+from hf_edit.method.schedule import fragments
 from tests.dist.nets import UNITS, Net, Run, batch, make_optimizer, train
 from tests.dist.reference import simulate
 from tests.dist.threads import run_ranks
@@ -36,6 +37,10 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: flo
 def mean_loss(net: nn.Module, step: int, ranks: list[int]) -> Tensor:
     pairs = [batch(step, rank) for rank in ranks]
     return sum(nn.functional.mse_loss(net(x), y) for x, y in pairs) / len(pairs)
+
+
+def unit_of(name: str) -> str:
+    return next(u for u in UNITS if any(name.startswith(part + ".") for part in u.split("+")))
 
 
 def by_replica(layout: Any, step: int) -> int:
@@ -192,16 +197,26 @@ def test_accumulation_four_by_one_and_one_by_four_agree(shape: tuple[int, int]) 
         dict(tau=4, delay=1),
         dict(tau=3, delay=3, warmup=2, clip=0.03),
         dict(tau=2, delay=1, warmup=1, delta=0.02, ema_warmup=2, alpha=0.3, clip=None),
+        dict(tau=4, fragments=2),
+        dict(tau=8, fragments=4, clip=0.03, warmup=1),
+        dict(tau=3, fragments=3, delta=0.02, ema_warmup=1, alpha=0.3),
+        dict(tau=4, fragments=2, delay=2, clip=0.03),
     ],
 )
 def test_agrees_with_the_simulation(shape: tuple[int, int], optimizer: str, settings: dict[str, Any]) -> None:
     steps = 11
+    settings = dict(settings)
+    num_parts = settings.pop("fragments", 1)
+    sizes = dict.fromkeys(UNITS, 0)
+    for name, param in Net().named_parameters():
+        sizes[unit_of(name)] += param.numel()
+    parts = [[UNITS[i] for i in part] for part in fragments(list(sizes.values()), num_parts)]
     expected = simulate(
         Net,
-        lambda name: next(u for u in UNITS if any(name.startswith(part + ".") for part in u.split("+"))),
+        unit_of,
         mean_loss,
         lambda params: make_optimizer(optimizer, params),
-        num_replicas=shape[0], replica_size=shape[1], steps=steps, **settings,
+        num_replicas=shape[0], replica_size=shape[1], steps=steps, parts=parts, **settings,
     )  # fmt: skip
     names = dict(
         tau="sync_interval", warmup="warmup_steps", clip="max_pseudo_grad_norm", delta="anomaly_threshold",
@@ -209,7 +224,9 @@ def test_agrees_with_the_simulation(shape: tuple[int, int], optimizer: str, sett
         outer_warmup="outer_warmup_syncs",
     )  # fmt: skip
     overlap = "delayed" if "delay" in settings else "forward"
-    config = EDiTConfig(overlap=overlap, **{names.get(name, name): value for name, value in settings.items()})
+    config = EDiTConfig(
+        overlap=overlap, fragments=num_parts, **{names.get(name, name): value for name, value in settings.items()}
+    )
     ran = runs(*shape, config, steps, optimizer=optimizer)
     for run in ran:
         assert_same(run.params, expected, 1e-5)

@@ -15,6 +15,7 @@ DESIGN = dict(
     num_replicas=None, sync_interval=128, sync_seconds=None, warmup_steps=0, outer_optimizer="nesterov", outer_lr=0.8,
     outer_momentum=0.85, anomaly_threshold=3.0, ema_alpha=0.02, ema_warmup_syncs=10, max_consecutive_anomalies=3,
     weighting="norm", softmax_temperature=1.0, max_pseudo_grad_norm=10.0, overlap="forward", delay_steps=4,
+    compression="none", fragments=1,
     offload_outer_state=False, sync_timeout_seconds=600, loss_spike_threshold=6.0,
 )  # fmt: skip
 
@@ -52,6 +53,10 @@ def test_the_defaults_are_the_papers_method() -> None:
         (dict(weighting="steps2"), "weighting='steps2': one of 'norm', 'relative', 'uniform', 'steps'"),
         (dict(overlap="backward"), "overlap='backward': one of 'none', 'forward', 'delayed'"),
         (dict(delay_steps=0), "delay_steps=0"),
+        (dict(fragments=0), "fragments=0"),
+        (dict(fragments=3, sync_interval=8), "fragments=3 does not divide sync_interval=8"),
+        (dict(fragments=4, sync_interval=8, overlap="delayed"), "sync_interval / fragments = 2 inner steps"),
+        (dict(compression="int2"), "compression='int2'"),
         (dict(units_in_flight=0), "units_in_flight=0: a whole number of at least 1"),
         (dict(sync_timeout_seconds=-5), "sync_timeout_seconds=-5"),
         (dict(sync_timeout_seconds=float("inf")), "sync_timeout_seconds=inf"),
@@ -83,7 +88,11 @@ def test_presets() -> None:
     assert (diloco.anomaly_threshold, diloco.max_pseudo_grad_norm, diloco.sync_interval) == (None, None, 50)
     assert EDiTConfig.preset("post-local-sgd").outer_optimizer == "none"
     assert EDiTConfig.preset("a-edit").sync_seconds == 600.0
-    with pytest.raises(ValueError, match="preset 'adam': one of 'edit', 'a-edit', 'diloco', 'post-local-sgd'"):
+    assert EDiTConfig.preset("co2", sync_interval=16).delay_steps == 16
+    assert EDiTConfig.preset("co2").delay_steps == 128
+    streaming = EDiTConfig.preset("streaming-diloco", sync_interval=64)
+    assert (streaming.fragments, streaming.compression, streaming.outer_momentum) == (4, "int4", 0.9)
+    with pytest.raises(ValueError, match=r"preset 'adam': one of 'edit', .*, 'post-local-sgd'"):
         EDiTConfig.preset("adam")
 
 

@@ -17,6 +17,12 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "edit-paper-outer": ("edit", {}),
     "a-edit": (None, {}),  # with sync_seconds in the place of sync_interval
     "edit-delayed": (None, {"overlap": "delayed"}),
+    "edit-bf16": (None, {"compression": "bf16"}),
+    "edit-int8": (None, {"compression": "int8"}),
+    "edit-int4": (None, {"compression": "int4"}),
+    "edit-fragments": (None, {"fragments": 4}),
+    "co2": ("co2", {}),
+    "streaming-diloco": ("streaming-diloco", {}),
     "edit-no-elimination": (None, {"anomaly_threshold": None}),
     "edit-no-weighting": (None, {"weighting": "uniform"}),
     "edit-no-clipping": (None, {"max_pseudo_grad_norm": None}),
@@ -27,6 +33,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
 }
 COMPARED = ("sync", "post-local-sgd", "diloco", "edit", "edit-paper-outer", "edit-delayed", "a-edit")
 ABLATED = ("sync", "diloco", "edit", "edit-no-elimination", "edit-no-weighting", "edit-no-clipping")
+COMPRESSED = ("edit", "edit-bf16", "edit-int8", "edit-int4", "edit-fragments")
 RESPONSES = ("edit-skip", "edit-rollback", "edit-stop", "edit-skip-64")  # without a fault they are edit
 BY_TIME = ("a-edit",)
 SYNCHRONOUS = ("sync", "sync-same-time")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 NEVER = 10**9  # inner steps: longer than any run
-PRESETS = {"post-local-sgd": "post-local-sgd", "diloco": "diloco"}
+PRESETS = {name: name for name in ("post-local-sgd", "diloco", "streaming-diloco", "co2")}
 OVERLAPS = {
     "post-local-sgd": "none",
     "diloco": "none",
@@ -17,6 +17,8 @@ OVERLAPS = {
     "edit-delayed": "delayed",
     "a-edit": "forward",
     "a-edit-delayed": "delayed",
+    "co2": "delayed",
+    "streaming-diloco": "delayed",
     "edit-forward-int8": "forward",
     "edit-forward-int4": "forward",
     "edit-delayed-int8": "delayed",
@@ -24,6 +26,8 @@ OVERLAPS = {
 }
 METHODS = ("hsdp", *OVERLAPS)  # what is compared with "never", the bound: no sync at all
 COMPRESSIONS = {name: name.rpartition("-")[2] for name in OVERLAPS if name.endswith(("-int8", "-int4"))}
+COMPRESSIONS["streaming-diloco"] = "int4"
+FRAGMENTS = {"streaming-diloco": 4}
 TIMED = ("a-edit", "a-edit-delayed")  # whose sync is triggered by time
 SYNC_FIGURES = ("sync_seconds", "exposed_seconds", "wait_seconds", "sync_bytes")
 
@@ -114,7 +118,7 @@ def edit_settings(job: Job) -> dict[str, Any]:
     if job.units_in_flight is not None:
         settings["units_in_flight"] = job.units_in_flight
     if settings["overlap"] == "delayed":
-        settings["delay_steps"] = job.delay_steps
+        settings["delay_steps"] = max(1, job.delay_steps // FRAGMENTS.get(job.method, 1))
     if job.method in TIMED:
         return {**settings, "sync_seconds": job.sync_seconds}
     return {**settings, "sync_interval": job.tau}

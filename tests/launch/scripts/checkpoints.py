@@ -174,10 +174,13 @@ def every_kind_of_data_resumes_in_later_epochs() -> dict[str, Any]:
 
 
 def delayed_syncs_resume_bit_for_bit() -> dict[str, Any]:
-    """A checkpoint between a sync's beginning and its application ends it first; what codes leave out is in it."""
+    """A checkpoint between a sync's beginning and its application ends it first, and one between the fragments' syncs
+    all of theirs; what codes leave out is in it."""
     plain = EDiTConfig(sync_interval=3, warmup_steps=2, ema_warmup_syncs=1, overlap="delayed", delay_steps=2)
-    for config in (plain, dataclasses.replace(plain, compression="int4", offload_outer_state=True)):
-        name = f"delayed-{config.compression}"
+    coded = dataclasses.replace(plain, compression="int4", offload_outer_state=True)
+    parts = dataclasses.replace(plain, sync_interval=4, fragments=2)
+    for config in (plain, coded, parts):
+        name = f"delayed-{config.compression}-{config.fragments}"
         whole = run(name, config=config, save_steps=4)
         assert ("residual" in str(whole.end.tensors.keys())) == (config.compression != "none")
         steps = saved_steps(name)

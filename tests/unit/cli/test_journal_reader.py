@@ -84,6 +84,16 @@ def test_thinned_records(tmp_path: Path) -> None:
     assert journal.left_out()[0].tolist() == [[False, False], [True, False]], "that is kept"
 
 
+def test_a_sync_of_some_units(tmp_path: Path) -> None:
+    """With fragments: the rows are theirs."""
+    part = sync(1, 4, units=[1], norms=[[5.0, 6.0]], weights=[[0.5, 0.5]], anomalous=[[0, 1]], rolled_back=[0])
+    journal = read_journal(write(tmp_path, RUN, part, sync(2, 8)), "run")
+    assert np.isnan(journal.per_unit("norms")[0, 0]).all()
+    assert journal.per_unit("norms")[0, 1].tolist() == [5.0, 6.0]
+    assert journal.left_out()[0].tolist() == [[False, False], [False, True]]
+    assert journal.syncs[0].rolled_back == [1]
+
+
 def test_other_units_or_replicas_before_a_resume(tmp_path: Path) -> None:
     more = {"norms": [[1.0] * 3] * 3, "weights": [[1.0] * 3] * 3, "replicas": {"inner_steps": [4.0] * 3}}
     journal = read_journal(write(tmp_path, RUN, sync(1, 4, **more), {**RUN, "step": 4}, sync(2, 8)), "run")

@@ -36,7 +36,7 @@ def record(norms: list[list[float]], anomalous: list[list[bool]], restarted: Any
             **{f"before_{name}_seconds": torch.tensor([0.5, math.nan], dtype=torch.float64) for name in BEFORE},
         },
     )
-    return SyncRecord(7, plan, ["embed", "block"], 0.5, 0.2, 0.1, 1000, 3.0, 1.5, [1.0, 0.4])
+    return SyncRecord(7, plan, [0, 1], ["embed", "block"], 2, 0.5, 0.2, 0.1, 1000, 3.0, 1.5, [1.0, 0.4])
 
 
 def test_the_logs_of_a_sync() -> None:
