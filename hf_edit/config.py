@@ -119,6 +119,11 @@ class EDiTConfig:
         "Units (embeddings, blocks, head) whose all-reduce is under way at a time, and whose buffers the device holds "
         "for it. 2 keep the network busy while one is applied; 1 saves memory.",
     )
+    tune: Literal["off", "advise", "auto"] = _knob(
+        "off",
+        'With "delayed": "auto" sets sync_interval, delay_steps and compression (never finer than yours) so that '
+        'nothing waits for a sync and syncs are no rarer than that needs, from what they measure; "advise" only says.',
+    )
     offload_outer_state: bool = _knob(False, "Keep anchor and outer momentum in (pinned) host memory between syncs.")
     sync_timeout_seconds: float = _knob(
         600.0,
@@ -171,6 +176,12 @@ class EDiTConfig:
             if value not in choices and not (name == "outer_optimizer" and callable(value)):
                 also = ", or a callable params -> torch.optim.Optimizer" if name == "outer_optimizer" else ""
                 raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, choices))}{also} is needed.")
+
+        if self.tune != "off" and (self.overlap != "delayed" or self.sync_seconds is not None):
+            raise ValueError(
+                f"tune={self.tune!r} with overlap={self.overlap!r}, sync_seconds={self.sync_seconds}: it looks for an "
+                "interval in steps that hides delayed syncs. Set overlap='delayed' and leave out sync_seconds."
+            )
 
     def _check_triggers(self) -> None:
         if not _is_int(self.sync_interval, at_least=1):
@@ -277,6 +288,7 @@ _CHOICES = {
     "weighting": ("norm", "relative", "uniform", "steps"),
     "overlap": ("none", "forward", "delayed"),
     "compression": ("none", "bf16", "int8", "int4"),
+    "tune": ("off", "advise", "auto"),
     "on_loss_spike": ("log", "skip", "rollback", "stop"),
 }
 _OFF_HINTS = {

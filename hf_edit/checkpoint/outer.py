@@ -4,6 +4,7 @@ anchor/NAME        fp32, of the parameter's shape
 outer/NAME/KEY     what the outer rule keeps, by the rule's own names; or a user's optimizer, as tensors.py says
 detector/FIELD     statistics of all units and replicas
 syncs              in which each unit took part
+tuning             settings that find themselves, and what they come from
 residual/NAME      fp32, of the parameter's shape: what compressed syncs left out; beside the inner optimizer's state
 """
 
@@ -103,6 +104,8 @@ def _declared(sync: OuterSync) -> dict[str, Tensor]:
     """Anchors, what a built-in rule keeps, detectors."""
     found: dict[str, Tensor] = {f"detector/{k}": v for k, v in sync.detectors.state_dict().items()}
     found["syncs"] = sync.unit_syncs
+    if sync.tuning is not None:
+        found["tuning"] = sync.tuning
     for unit, state in _pairs(sync):
         for key, flat in (("", state.anchor), *state.tensors.items()):
             views = state.views(flat.detach())

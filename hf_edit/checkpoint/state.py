@@ -160,6 +160,7 @@ def load_outer(folder: Path, manifest: Manifest, training: Training) -> None:
         return
     rest = _read_part(folder, manifest, layout)["outer"]
     outer.load_outer(folder / EDIT_FOLDER / "outer", manifest, engine.sync, rest, training.ranks)
+    engine.tuning.resume()
     if layout.replica < manifest.num_replicas:
         place = (folder / host_part(layout.replica, 0)).parent
         outer.load_residuals(place, engine.sync, training.ranks)
@@ -178,7 +179,7 @@ def counters(engine: Engine) -> dict[str, Any]:
         "interval_steps": schedule.interval_steps,
         "sync_count": engine.sync.sync_count,
         "whole": engine.sync.whole,
-        "fragment_steps": list(engine.fragment_steps),
+        "fragment_steps": list(engine.fragments.steps),
         "progress": engine.progress.confirmed,
     }
 
@@ -188,7 +189,7 @@ def load_counters(engine: Engine, counters: dict[str, Any]) -> None:
     engine.schedule.step, engine.schedule.interval_steps = int(counters["step"]), int(counters["interval_steps"])
     engine.schedule.inner_steps = int(counters["inner_steps"])
     engine.sync.sync_count, engine.sync.whole = int(counters["sync_count"]), bool(counters["whole"])
-    engine.fragment_steps = list(counters["fragment_steps"])
+    engine.fragments.steps = list(counters["fragment_steps"])
     engine.progress.confirmed = counters["progress"]
 
 

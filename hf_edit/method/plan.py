@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -102,6 +102,8 @@ class SyncRecord:
     interval_seconds: float
     pseudo_grad_norm: float
     clip_factors: list[float]  # of each unit, 1 where nothing was clipped
+    settings: dict[str, float] = field(default_factory=dict)  # that find themselves: as they were in this sync
+    note: str = ""  # why others hold from the next sync on
 
     @property
     def clipped_units(self) -> int:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import REQUESTS
-from hf_edit.method.schedule import GlobalProgress, SyncSchedule, fragments
+from hf_edit.method.schedule import GlobalProgress, SyncSchedule
 from hf_edit.peers.group import Peers
 from hf_edit.sync.equality import Buffers, check_agreement, make_replicas_equal
+from hf_edit.sync.fragments import Fragments
 from hf_edit.sync.overlap import Blocking, Delayed, Forward, Runner, beside
+from hf_edit.sync.tuned import Tuning
 from hf_edit.sync.unit_sync import OuterSync
 from hf_edit.sync.units import find_units, is_compiled, keep_gradients_local, release, start_averaging_gradients
 
@@ -68,20 +70,14 @@ class Engine:
         self._on_begin = on_begin
         check_agreement(model, config, peers)
         self.units = find_units(model)
-        parts = config.fragments
-        if parts > len(self.units):
-            raise ValueError(
-                f"fragments={parts}, but the model has {len(self.units)} units: set it to at most that many."
-            )
-        self._fragments = fragments([sum(param.numel() for param in unit.params) for unit in self.units], parts)
-        self.fragment_steps = [0] * parts  # inner steps since the last sync of each
+        self.fragments = Fragments(self.units, parts := config.fragments)
         seconds = None if config.sync_seconds is None else config.sync_seconds / parts
         self.schedule = SyncSchedule(config.sync_interval // parts, seconds, config.warmup_steps, clock)
         self.schedule.step = first_step
         self.progress = GlobalProgress(peers.replica, confirmed=float(first_step))
         self.sync = OuterSync(self.units, peers, peers.inside, config, optimizer, clock)
         self.tallies: dict[str, Any] = dict.fromkeys(TALLIES, 0.0)
-        self._delay_steps = config.delay_steps if config.overlap == "delayed" else 0
+        self.tuning = Tuning(config, parts, self.schedule, self.sync)
         self._way = self._under_way = self._blocking = Blocking(self.sync)
         if self._delay_steps:
             self._way = Delayed(self.sync, runner)
@@ -125,6 +121,10 @@ class Engine:
             self.tallies[name] = self.tallies[name] + amount
 
     @property
+    def _delay_steps(self) -> int:
+        return self.tuning.settings.delay_steps
+
+    @property
     def by_time(self) -> bool:
         """True for A-EDiT, where replicas take different numbers of steps."""
         return self.config.sync_seconds is not None
@@ -160,7 +160,7 @@ class Engine:
         if self._is_due(due):
             if self.sync.pending:  # by time, on a replica whose steps are long: it would keep the others waiting
                 agreed = self._complete()
-            if agreed is not None and len(self._fragments) > 1 and (agreed or self.by_time):
+            if agreed is not None and len(self.fragments) > 1 and (agreed or self.by_time):
                 return agreed  # what all do about it may begin with a sync of all units
             self._begin(requests, self._way, whole=False)
             if not self._delay_steps:
@@ -245,7 +245,7 @@ class Engine:
         """
         self.sync.go_back(clear)
         self.schedule.inner_steps = 0  # it has nothing to tell of them
-        self.fragment_steps = [0] * len(self._fragments)
+        self.fragments.forget()
 
     def close(self) -> None:
         """Training has ended: DDP is left as it was found."""
@@ -256,23 +256,22 @@ class Engine:
         self._under_way.abandon()
 
     def _begin(self, requests: Collection[str], way: Blocking, whole: bool) -> None:
-        """Starts a sync: of all units if `whole`, else of those whose turn it is, which the sync's number says."""
-        parts = range(len(self._fragments))
-        chosen = parts if whole else [self.sync.sync_count % len(parts)]
-        told = [steps + self.schedule.inner_steps for steps in self.fragment_steps]
-        # Steps are equal on all ranks of a replica, and what is gathered is the sum over them.
+        """Starts a sync: of all units if `whole`, else of those whose turn it is."""
         schedule, size = self.schedule, self.peers.inside.size
+        part = self.fragments.of_sync(self.sync.sync_count, schedule.inner_steps, whole)
+        # Steps are equal on all ranks of a replica, and what is gathered is the sum over them.
         steps = {"inner_steps": schedule.inner_steps / size, "interval_steps": schedule.interval_steps / size}
+        if len(self.fragments) > 1:
+            steps["unit_steps"] = part.unit_steps / size
         asked = {name: float(name in requests) for name in (*REQUESTS, "barrier")}
-        if len(parts) > 1:
-            steps["unit_steps"] = max(told[part] for part in chosen) / size
         measured = {name: value / size for name, value in self.sync.interval.tallies(self._clock()).items()}
         more = {} if self._on_begin is None else self._on_begin()
+        more |= self.tuning.tallies(delayed=way is not self._blocking)
         tallies = {**self.tallies, **asked, "buffers": self._buffers.changed(), **steps, **measured, **more}
-        way.begin(tallies, sorted(unit for part in chosen for unit in self._fragments[part]))
+        way.begin(tallies, part.indices)
         self._under_way = way
-        self._reported = self.tallies, schedule.inner_steps, schedule.interval_steps, self.fragment_steps
-        self.fragment_steps = [0 if part in chosen else steps for part, steps in enumerate(told)]
+        self._reported = self.tallies, schedule.inner_steps, schedule.interval_steps, self.fragments.steps
+        self.fragments.steps = part.steps
         self.tallies = dict.fromkeys(TALLIES, 0.0)
         schedule.restart()
         self.progress.hand_over()
@@ -287,6 +286,8 @@ class Engine:
         try:
             plan = self._under_way.decide()
             members = self.sync.members
+            assert self.sync.running is not None
+            self.tuning.look(self.sync.running, plan.tallies)
             committed = self._under_way.carry_out(went_on=self.schedule.interval_steps > 0)
         except RuntimeError:
             self._take_back()
@@ -294,6 +295,7 @@ class Engine:
         if not committed:
             self._take_back()
             return None
+        self.tuning.carried_out()
         shared = plan.tallies
         self.progress.confirm([round(steps) for steps in shared["interval_steps"].tolist()], self._delay_steps)
         self._restart_timer()
@@ -307,7 +309,7 @@ class Engine:
         self._under_way.abandon()
         tallies, inner_steps, interval_steps, fragment_steps = self._reported
         self.tally(**tallies)
-        self.fragment_steps = fragment_steps
+        self.fragments.steps = fragment_steps
         self.schedule.inner_steps += inner_steps
         self.schedule.interval_steps += interval_steps
         self.schedule.restart_timer(self._clock())

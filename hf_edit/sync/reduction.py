@@ -9,9 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_edit.method.compression import CODECS, Codec, chunk_size
+from hf_edit.method.compression import Codec, chunk_size
 from hf_edit.method.penalty import weighed
-from hf_edit.peers.faults import Pending
 from hf_edit.peers.group import Conversation
 from hf_edit.sync.measure import Scratch
 
@@ -34,11 +33,32 @@ class Sum(Protocol):
         ...
 
 
-class Reduction(Protocol):
-    """Sums over the members, unit by unit."""
+@dataclass
+class Reduction:
+    """Sums over the members, unit by unit: as they are, or with a `codec` as codes.
 
-    residuals: list[Tensor]  # of each unit [n] fp32, what this replica's codes have left out so far; or none
-    stages: int  # of a sum: exchanges that follow one another
+    Then each member owns a chunk of the unit: it gets the others' codes of it (all-to-all), sums in fp32, and sends
+    codes of the sum to all (all-gather). What a member's codes leave out, and those of the sum that it owns, is its
+    residual, which it adds to what it sends in the next sync that it weighs anything in. So nothing of what was learnt
+    is lost, and no residual depends on who owned what.
+
+    `residuals` are of each unit [n] fp32; none before the first codec.
+    """
+
+    peers: Conversation
+    codec: Codec | None = None
+    residuals: list[Tensor] = field(default_factory=list)
+
+    @property
+    def stages(self) -> int:
+        """Exchanges of a sum that follow one another."""
+        return 1 if self.codec is None else 2
+
+    def use(self, codec: Codec | None, sizes: Sequence[int], device: torch.device, pin: bool) -> None:
+        """Sums as codes of `codec`, or as they are, from the next one on; residuals of `sizes` begin as zeros."""
+        self.codec = codec
+        if codec is not None and not self.residuals:
+            self.residuals = [torch.zeros(size, device=device, pin_memory=pin) for size in sizes]
 
     def start(self, unit: int, delta: Tensor, weight: float, members: Sequence[int], scratch: Scratch | None) -> Sum:
         """Starts the sum of each member's `weight` times its pseudo-gradient `delta` [n].
@@ -46,68 +66,37 @@ class Reduction(Protocol):
         Args:
             scratch: where buffers come from if `delta` is needed again; None: it can be used up.
         """
-        ...
+        if self.codec is None:
+            return _WholeSum(self, unit, delta, weight, scratch)
+        return _CompressedSum(self, self.codec, unit, delta, weight, members, scratch)
 
 
-def make_reduction(peers: Conversation, compression: str) -> Reduction:
-    return Whole(peers) if compression == "none" else Compressed(peers, CODECS[compression])
-
-
-# -- as they are -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Whole:
-    peers: Conversation
-    residuals: list[Tensor] = field(default_factory=list)
-    stages: int = 1
-
-    def start(self, unit: int, delta: Tensor, weight: float, members: Sequence[int], scratch: Scratch | None) -> Sum:
-        gradient = weighed(delta, weight, out=None if scratch is None else scratch.take(delta))
-        return _WholeSum(gradient, self.peers.all_reduce([gradient]))
-
-
-@dataclass
 class _WholeSum:
-    gradient: Tensor
-    work: Pending
+    def __init__(self, owner: Reduction, unit: int, delta: Tensor, weight: float, scratch: Scratch | None) -> None:
+        out = delta if scratch is None else scratch.take(delta)
+        self._left: Tensor | None = None  # by codes that were in use before; it goes now
+        if owner.residuals and weight != 0.0:
+            self._left = owner.residuals[unit]
+            torch.add(self._left.to(delta.device, non_blocking=True), delta, alpha=weight, out=out)
+        else:
+            weighed(delta, weight, out=out)
+        self._sum, self._work = out, owner.peers.all_reduce([out])
 
     def advance(self) -> None:
         """There is one exchange alone."""
 
     def wait(self) -> Tensor:
-        self.work.wait()
-        return self.gradient
+        self._work.wait()
+        return self._sum
 
     def keep(self) -> None:
-        """Nothing stays."""
-
-
-# -- as codes ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Compressed:
-    """Each member owns a chunk of the unit: it gets the others' codes of it (all-to-all), sums in fp32, and sends codes
-    of the sum to all (all-gather).
-
-    What a member's codes leave out, and those of the sum that it owns, is its residual, which it adds to what it sends
-    in the next sync that it weighs anything in. So nothing of what was learnt is lost, and no residual depends on who
-    owned what.
-    """
-
-    peers: Conversation
-    codec: Codec
-    residuals: list[Tensor] = field(default_factory=list)
-    stages: int = 2
-
-    def start(self, unit: int, delta: Tensor, weight: float, members: Sequence[int], scratch: Scratch | None) -> Sum:
-        return _CompressedSum(self, unit, delta, weight, members, scratch)
+        if self._left is not None:
+            self._left.zero_()
 
 
 class _CompressedSum:
     def __init__(
-        self, owner: Compressed, unit: int, delta: Tensor, weight: float, members: Sequence[int],
+        self, owner: Reduction, codec: Codec, unit: int, delta: Tensor, weight: float, members: Sequence[int],
         scratch: Scratch | None,
     ) -> None:  # fmt: skip
         self._residuals, self._unit, self._scratch = owner.residuals, unit, scratch
@@ -119,7 +108,9 @@ class _CompressedSum:
         else:
             torch.add(residual, delta, alpha=weight, out=self._rest)
         own = members.index(owner.peers.replica)
-        self._pieces = [_Piece(owner, rest, own, len(members), weight != 0.0) for rest in self._rest.split(PIECE)]
+        self._pieces = [
+            _Piece(owner.peers, codec, rest, own, len(members), weight != 0.0) for rest in self._rest.split(PIECE)
+        ]
         self._advanced = False
 
     def advance(self) -> None:
@@ -152,17 +143,19 @@ class _Piece:
         speaks: False: zeros are sent.
     """
 
-    def __init__(self, owner: Compressed, rest: Tensor, own: int, num_members: int, speaks: bool) -> None:
-        self._peers, self._codec, self._own = owner.peers, owner.codec, own
-        self._chunk = chunk_size(len(rest), num_members, owner.codec.block)
+    def __init__(
+        self, peers: Conversation, codec: Codec, rest: Tensor, own: int, num_members: int, speaks: bool
+    ) -> None:
+        self._peers, self._codec, self._own = peers, codec, own
+        self._chunk = chunk_size(len(rest), num_members, codec.block)
         self._chunks = _chunks(rest, self._chunk, num_members)
-        num_bytes = owner.codec.num_bytes(self._chunk)
+        num_bytes = codec.num_bytes(self._chunk)
         sent = torch.zeros(num_members, num_bytes, dtype=torch.uint8, device=rest.device)
         for chunk, message in zip(self._chunks, sent, strict=True):
             if speaks:
-                owner.codec.encode(chunk, message)
+                codec.encode(chunk, message)
         self._received = torch.empty_like(sent)
-        self._work = owner.peers.all_to_all(self._received, sent)
+        self._work = peers.all_to_all(self._received, sent)
 
     def sum_chunk(self) -> None:
         self._work.wait()

@@ -37,6 +37,8 @@ class Running:
     factors: dict[int, Tensor] = field(default_factory=dict)  # by which the averages are clipped
     replica_squares: list[Tensor] = field(default_factory=list)  # of the averages, over the replica; [] each
     wait_seconds: float = 0.0  # that the training waited for the other replicas
+    settings: dict[str, float] = field(default_factory=dict)  # of SyncRecord, as is `note`
+    note: str = ""
     network: Stopwatch | None = None  # runs from when all have come until the last unit is reduced
 
     @property
@@ -70,6 +72,8 @@ class Running:
                 interval_seconds=interval_seconds,
                 pseudo_grad_norm=square_norm**0.5,
                 clip_factors=clip_factors,
+                settings=self.settings,
+                note=self.note,
             )
 
         return record

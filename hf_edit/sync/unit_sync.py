@@ -18,13 +18,14 @@ from torch import Tensor
 
 import hf_edit.sync.unit_values as unit_values
 from hf_edit.config import EDiTConfig
+from hf_edit.method.compression import CODECS
 from hf_edit.method.outer import OuterState, outer_rule
 from hf_edit.method.penalty import DetectorState, clip_factor, square_norm
 from hf_edit.method.plan import SyncPlan, SyncRecord, make_plan
 from hf_edit.peers.group import Conversation
 from hf_edit.peers.replica import Replica
 from hf_edit.sync.measure import Interval, Scratch, Stopwatch, phase
-from hf_edit.sync.reduction import make_reduction
+from hf_edit.sync.reduction import Reduction
 from hf_edit.sync.running import Running
 from hf_edit.sync.units import Unit
 
@@ -54,6 +55,7 @@ class OuterSync:
         self.peers = peers
         self.config = config
         self.sync_count = 0
+        self.tuning: Tensor | None = None  # what settings that find themselves come from, for checkpoints
         self.whole = True  # the last sync was of all units, or there was none yet
         self.unit_syncs = torch.zeros(len(self.units), dtype=torch.int64)  # in which each unit took part
         self.states: list[OuterState] = []
@@ -61,7 +63,7 @@ class OuterSync:
         self.rule = outer_rule(
             config.outer_optimizer, config.outer_lr, config.outer_momentum, config.outer_warmup_syncs
         )
-        self.reduction = make_reduction(peers, config.compression)
+        self.reduction = Reduction(peers)
         self.device = self.units[0].parts()[0].device
         self.running: Running | None = None
         self.exposed = Stopwatch(self.device, clock)
@@ -79,15 +81,17 @@ class OuterSync:
     def take_anchors(self) -> None:
         """The anchor becomes the current parameters, the outer state what it is at first."""
         self.states = [self.rule.init(unit.parts(), self.config.offload_outer_state) for unit in self.units]
-        if self.config.compression != "none":
-            in_host = self.config.offload_outer_state or self.config.overlap == "delayed"
-            device = torch.device("cpu") if in_host else self.device
-            pin = device != self.device
-            self.reduction.residuals = [
-                torch.zeros(state.anchor.shape, device=device, pin_memory=pin) for state in self.states
-            ]
+        self.reduction.residuals = []
+        self.use_codes(self.config.compression)
         self.whole, self._last_end = True, self.clock()
         self.interval = Interval(self._last_end)
+
+    def use_codes(self, compression: str) -> None:
+        """What is sent from the next sync on; one of EDiTConfig's `compression`."""
+        in_host = self.config.offload_outer_state or self.config.overlap == "delayed"
+        device = torch.device("cpu") if in_host else self.device
+        sizes = [state.anchor.numel() for state in self.states]
+        self.reduction.use(CODECS.get(compression), sizes, device, pin=device != self.device)
 
     @property
     def pending(self) -> bool:

@@ -154,6 +154,7 @@ def sync_logs(record: SyncRecord) -> dict[str, float]:
         "edit/replica_loss_spread": spread,
         "edit/tokens_per_second": float(plan.tallies["tokens"].sum()) / max(record.interval_seconds, 1e-9),
     }
+    logs |= {f"edit/{name}": value for name, value in record.settings.items()}
     if spikes := loss_spikes(record):
         logs |= {"edit/loss_spikes": sum(s.count for s in spikes), "edit/loss_spike": max(s.size for s in spikes)}
     return logs
@@ -189,6 +190,8 @@ def sync_events(record: SyncRecord) -> list[tuple[str, str]]:
             "EDiT: detector restarted",
             f"Sync {record.sync}: norms stayed anomalous and are the new normal for {_some(pairs)}",
         ))  # fmt: skip
+    if record.note:
+        events.append(("EDiT: settings", f"Sync {record.sync}: {record.note}."))
     return events
 
 

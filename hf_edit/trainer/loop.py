@@ -242,6 +242,9 @@ class EDiT:
             return
         self._engine.abandon()
         self._engine.go_on_at(int(state["counters"]["step"]))
+        if self._engine.sync.tuning is not None and "tuning" in state:
+            self._engine.sync.tuning.copy_(state["tuning"])
+            self._engine.tuning.resume()
         mine = outer_tensors(self._engine.sync, self._training().ranks)
         missing = set(mine) ^ (set(state) - {"counters"})
         if missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 class Trained:
     """This rank's part of a training of `SmallParts`, or of what is loaded into a new one."""
 
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+
     def __init__(
         self, replicas: int, inner: str = "sgd", outer: Any = "nesterov", bf16: bool = False, **settings: Any
     ) -> None:
@@ -108,7 +111,8 @@ class Trained:
         self.engine = self.new_engine(0)
 
     def new_engine(self, first_step: int) -> Engine:
-        return Engine(self.model, self.optimizer, self.config, self.peers, runner=at_once, first_step=first_step)
+        settings = dict(runner=at_once, first_step=first_step, clock=self.clock)
+        return Engine(self.model, self.optimizer, self.config, self.peers, **settings)
 
     @property
     def training(self) -> checkpoint.Training:

@@ -13,7 +13,7 @@ from hf_edit.config import EDiTConfig
 from hf_edit.method.compression import CODECS, Integers
 from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout
-from hf_edit.sync.reduction import Compressed
+from hf_edit.sync.reduction import Reduction
 from tests.dist.nets import Net
 from tests.dist.test_equivalence import FULL, assert_same, runs
 from tests.dist.threads import run_ranks
@@ -104,7 +104,7 @@ def test_nothing_of_a_sum_is_lost(kind: str, num_replicas: int, monkeypatch: pyt
 
     def body(rank: int) -> Any:
         peers = ProcessGroupPeers(Layout.split(num_replicas, num_replicas, rank), 30.0)
-        reduction = Compressed(peers, CODECS[kind], [torch.zeros(size)])
+        reduction = Reduction(peers, CODECS[kind], [torch.zeros(size)])
         generator = torch.Generator().manual_seed(rank)
         sums, given = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
         errors = []
@@ -146,7 +146,7 @@ def test_bytes_are_counted_as_sent() -> None:
         sent = []
         for codec in (Integers(8, 256), Integers(4, 64)):
             before = peers.bytes_sent
-            reduction = Compressed(peers, codec, [torch.zeros(3 * 2560)])
+            reduction = Reduction(peers, codec, [torch.zeros(3 * 2560)])
             reduction.start(0, torch.ones(3 * 2560), 1.0, [0, 1, 2], None).wait()
             sent.append(peers.bytes_sent - before)
         return sent

@@ -86,7 +86,7 @@ def state_of(engine: Engine, model: nn.Module) -> list[Tensor]:
         sync.sync_count,
         sync.whole,
         *sync.unit_syncs,
-        *engine.fragment_steps,
+        *engine.fragments.steps,
         engine.schedule.inner_steps,
         engine.schedule.interval_steps,
         engine.progress.value,

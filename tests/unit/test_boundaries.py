@@ -15,10 +15,13 @@ PACKAGE = Path(__file__).parents[2] / "hf_edit"
 # The house from the ground up: a file may import only files that stand before it in this list.
 ORDER = [
     "config",
-    *(f"method.{name}" for name in ("penalty", "plan", "outer", "compression", "schedule", "conductor", "spikes")),
+    *(
+        f"method.{name}"
+        for name in ("penalty", "plan", "outer", "compression", "tuning", "schedule", "conductor", "spikes")
+    ),
     *(f"peers.{name}" for name in ("layout", "faults", "replica", "group")),
     *(f"sync.{name}" for name in ("units", "measure", "equality", "reduction", "running", "unit_values", "unit_sync")),
-    *(f"sync.{name}" for name in ("overlap", "engine")),
+    *(f"sync.{name}" for name in ("tuned", "fragments", "overlap", "engine")),
     *(f"checkpoint.{name}" for name in ("storage", "manifest", "tensors", "outer", "state")),
     *(f"telemetry.{name}" for name in ("logs", "journal", "wandb_run")),
     "trainer.checks",
