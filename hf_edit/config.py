@@ -124,6 +124,12 @@ class EDiTConfig:
         'With "delayed": "auto" sets sync_interval, delay_steps and compression (never finer than yours) so that '
         'nothing waits for a sync and syncs are no rarer than that needs, from what they measure; "advise" only says.',
     )
+    balance: bool = _knob(
+        False,
+        "Deal the rows of each batch out by the replicas' speeds (EDiTTrainer), so that steps take equally long and "
+        "weights follow the rows. The job's batch stays; a rank computes at most its per_device_train_batch_size at a "
+        "time.",
+    )
     offload_outer_state: bool = _knob(False, "Keep anchor and outer momentum in (pinned) host memory between syncs.")
     sync_timeout_seconds: float = _knob(
         600.0,
@@ -181,6 +187,12 @@ class EDiTConfig:
             raise ValueError(
                 f"tune={self.tune!r} with overlap={self.overlap!r}, sync_seconds={self.sync_seconds}: it looks for an "
                 "interval in steps that hides delayed syncs. Set overlap='delayed' and leave out sync_seconds."
+            )
+
+        if self.balance and self.sync_seconds is not None:
+            raise ValueError(
+                f"balance=True and sync_seconds={self.sync_seconds}: the one gives slow replicas fewer rows, the other "
+                "fewer steps. Leave one of them out."
             )
 
     def _check_triggers(self) -> None:

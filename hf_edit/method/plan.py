@@ -53,8 +53,9 @@ def make_plan(
 
     Args:
         table: [R, U + T] float64 on the host; for each replica the squared norm of each unit, then its tallies.
-        tally_names: T names, "inner_steps" among them, and "unit_steps" where these units' last sync was another than
-            the last one. A replica that did none is idle: it has nothing to say, and its norm of 0 would weigh most.
+        tally_names: T names, "inner_steps" among them; "unit_steps" where these units' last sync was another than the
+            last one; "rows" where they are dealt out by speed. A replica that did no step is idle: it has nothing to
+            say, and its norm of 0 would weigh most.
     """
     num_units = table.shape[1] - len(tally_names)
     norms = table[:, :num_units].sqrt().T
@@ -77,6 +78,9 @@ def make_plan(
         weights = relative_weights(norms, passed, config.softmax_temperature)
     else:
         weights = share_weights(steps if config.weighting == "steps" else torch.ones_like(steps), passed)
+    if "rows" in tallies:  # dealt out by speed: a replica's progress counts as much as it has read
+        weights = weights * tallies["rows"]
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
     unchanged = ~passed.any(dim=1)
     rolled_back = unchanged & anomalous.any(dim=1)
     z = z_score(norms, detectors.mean, detectors.variance)

@@ -112,6 +112,7 @@ class TrainerLogs(_TrainerToBe):
         assert self._engine is not None
         for record in self._engine.sync.take_records():
             self._confirm_counts(record)
+            self._rebalance(record)
             self.edit_stats.add(record)
             if self._journal is not None:
                 self._note_sync(self._journal, record)

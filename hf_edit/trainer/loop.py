@@ -87,6 +87,11 @@ class EDiT:
                 f"on_loss_spike={self.config.on_loss_spike!r} is EDiTTrainer's alone: in a loop of your own you see "
                 'the loss before you step. Leave out the step yourself, and set on_loss_spike="log".'
             )
+        if self.config.balance:
+            raise ValueError(
+                "balance=True is EDiTTrainer's alone: in a loop of your own the data are yours to deal out. Leave it "
+                "out, or set sync_seconds (A-EDiT), with which fast replicas take more steps."
+            )
         check_optimizer(optimizer, self.layout, self.config)
         keep_loader_local(accelerator)
         self._peers = ProcessGroupPeers(self.layout, self.config.longest_wait_seconds)

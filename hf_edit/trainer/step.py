@@ -64,7 +64,7 @@ class TrainerStep(_TrainerToBe):
             stack.enter_context(self._in_step())
             if unlabelled:
                 stack.enter_context(self.accelerator.without_gradient(model))
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = self._step_in_pieces(model, inputs, num_items_in_batch)
         if unlabelled:
             loss = torch.zeros_like(loss)
         if self.state.num_input_tokens_seen != seen:  # GRPO counts them here
@@ -163,7 +163,7 @@ class TrainerStep(_TrainerToBe):
     def _hand_over_counts(self) -> dict[str, Tensor | float]:
         self._input_tokens.hand_over()
         self._flos.hand_over()
-        return self._spike_tallies()
+        return {**self._spike_tallies(), **self._row_tallies()}
 
     def _confirm_counts(self, record: SyncRecord) -> None:
         self._input_tokens.confirm(float(record.plan.tallies["input_tokens"].sum()))

@@ -30,6 +30,7 @@ from hf_edit.trainer.accelerate_hook import (
     read_everywhere,
     replica_accelerator_args,
 )
+from hf_edit.trainer.balance import TrainerBalance
 from hf_edit.trainer.checkpoints import EDiTCheckpointMark, TrainerCheckpoints
 from hf_edit.trainer.checks import check_optimizer, check_order, check_wrapping, never_due, passed_over
 from hf_edit.trainer.data import TrainerData
@@ -44,7 +45,14 @@ logger = logging.getLogger(__name__)
 
 
 class EDiTMixin(
-    TrainerCheckpoints, TrainerStep, TrainerSpikes, TrainerData, TrainerDecisions, TrainerLogs, TrainerProgress
+    TrainerCheckpoints,
+    TrainerStep,
+    TrainerBalance,
+    TrainerSpikes,
+    TrainerData,
+    TrainerDecisions,
+    TrainerLogs,
+    TrainerProgress,
 ):
     """Makes any Trainer subclass train with EDiT: `class EDiTSFTTrainer(EDiTMixin, SFTTrainer)`.
 
@@ -143,6 +151,7 @@ class EDiTMixin(
         self._start_logs()
         self._start_counts()
         self._start_spikes()
+        self._start_balance()
         self._start_position()
         self._engine = Engine(
             self.model_wrapped,
@@ -169,6 +178,7 @@ class EDiTMixin(
             "spikes": self._spike_state(),
             "own_steps": self._steps.own,
             "data": self._position_state(),
+            "balance": self._balance_state(),
         }
 
     def _restore_rank_state(self, state: dict[str, Any] | None) -> None:
@@ -178,6 +188,7 @@ class EDiTMixin(
         checkpoint.load_rank(self._engine, state)
         self._restore_counts(state)
         self._restore_spikes(state["spikes"])
+        self._restore_balance(state.get("balance"))
 
     # -- evaluation, the end ------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ ORDER = [
     "config",
     *(
         f"method.{name}"
-        for name in ("penalty", "plan", "outer", "compression", "tuning", "schedule", "conductor", "spikes")
+        for name in ("penalty", "plan", "outer", "compression", "tuning", "balance", "schedule", "conductor", "spikes")
     ),
     *(f"peers.{name}" for name in ("layout", "faults", "replica", "group")),
     *(f"sync.{name}" for name in ("units", "measure", "equality", "reduction", "running", "unit_values", "unit_sync")),
@@ -31,6 +31,7 @@ ORDER = [
     "trainer.randomness",
     "trainer.data",
     "trainer.spikes",
+    "trainer.balance",
     "trainer.step",
     "trainer.decisions",
     "trainer.logs",
