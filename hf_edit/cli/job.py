@@ -110,7 +110,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Settings:
-    """EDiTConfig's, as far as they cost time; and `compression` of what is sent, which EDiTConfig may not have yet."""
+    """EDiTConfig's, as far as they cost time."""
 
     sync_interval: int = 128
     sync_seconds: float | None = None  # A-EDiT
@@ -136,6 +136,8 @@ class Settings:
         found = trigger | {"overlap": self.overlap}
         if self.overlap == "delayed":
             found["delay_steps"] = self.delay_steps
+        if self.compression != "none":
+            found["compression"] = self.compression
         if self.units_in_flight != type(self).units_in_flight:
             found["units_in_flight"] = self.units_in_flight
         return found

@@ -6,16 +6,18 @@ import json
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from hf_edit import EDiTConfig
 from hf_edit.cli.simulation import (
     CPU_SECONDS_PER_BYTE,
+    TOLERANCE,
     Numbers,
     Outcome,
     Settings,
     interval_steps,
+    recommend,
     simulate,
     synchronous,
 )
@@ -75,14 +77,7 @@ def assumptions(numbers: Numbers, best: Outcome, steps: int | None) -> list[str]
     if numbers.hours_between_failures:
         lines.append(f"a failure every {numbers.hours_between_failures:g} h, {numbers.restart_seconds:g} s to restart, "
                      f"a checkpoint every {numbers.checkpoint_steps} steps")  # fmt: skip
-    compression = (best.settings or Settings()).compression
-    if compression != "none" and not _has_compression():
-        lines.append(f"compression {compression}: EDiTConfig does not have it yet; this is what it would give")
     return lines
-
-
-def _has_compression() -> bool:
-    return "compression" in {field.name for field in fields(EDiTConfig)}
 
 
 def table(numbers: Numbers, outcomes: Sequence[Outcome]) -> list[str]:
@@ -119,8 +114,6 @@ def config_of(numbers: Numbers, best: Outcome) -> dict[str, Any]:
     """The recommended EDiTConfig's fields; with a longer time limit where a sync or the wait for it needs one."""
     assert best.settings is not None
     values: dict[str, Any] = {"num_replicas": numbers.num_replicas, **best.settings.config_fields()}
-    if best.settings.compression != "none" and _has_compression():
-        values["compression"] = best.settings.compression
     if 2 * best.longest_sync_seconds > EDiTConfig().sync_timeout_seconds:
         values["sync_timeout_seconds"] = 60.0 * math.ceil(3 * best.longest_sync_seconds / 60)
     EDiTConfig(**values)  # what it would refuse is not recommended
@@ -146,11 +139,26 @@ def recommendation(numbers: Numbers, best: Outcome, outcomes: Sequence[Outcome])
             f"{name}={value}" for name, value in (plain.settings or Settings()).config_fields().items()
         )
         lines.append(f"Without a delay the best is {fields_of}: {percent(plain.share)}.")
+    if best.settings.compression == "none":
+        lines.append(_what_codes_give(numbers, best, outcomes))
     if numbers.hours_between_failures:
         lines.append(f"With the failures {percent(best.goodput)} of the speed are left.")
     if "sync_timeout_seconds" in values:
         lines.append(f"The time limit is longer because a sync may take {duration(best.longest_sync_seconds)}.")
     return lines
+
+
+def _what_codes_give(numbers: Numbers, best: Outcome, outcomes: Sequence[Outcome]) -> str:
+    """Whether compression pays here: it learns as much, so it does where it lets replicas sync more often."""
+    taus = sorted({outcome.settings.sync_interval for outcome in outcomes if outcome.settings})
+    coded = recommend(numbers, taus, "int8")[0]
+    assert coded.settings is not None
+    before, after = (interval_steps(numbers, outcome.settings or Settings()) for outcome in (best, coded))
+    if after < 0.75 * before:
+        return f"With compression='int8' a sync every {after:.3g} steps would keep {percent(coded.share)}."
+    if coded.share > best.share + TOLERANCE:
+        return f"With compression='int8' it would keep {percent(coded.share)}."
+    return f"compression does not pay here: int8 would keep {percent(coded.share)} with a sync every {after:.3g} steps."
 
 
 def comparison(numbers: Numbers, best: Outcome, together: Outcome) -> list[str]:

@@ -223,7 +223,8 @@ class Engine:
         """They may be an interval away: longer than any wait between replicas that are on their way to a sync."""
         steps = max(1, self.schedule.step - self._first_step)
         begun_at = self._clock()
-        interval_seconds = self.config.sync_interval * (begun_at - self._started_at) / steps
+        interval_steps = self.schedule.sync_interval * len(self.fragments)
+        interval_seconds = interval_steps * (begun_at - self._started_at) / steps
         self.peers.wait_for_arrivals(PATIENCE_INTERVALS * interval_seconds)
         self.sync.interval.rested_seconds += self._clock() - begun_at
 

@@ -12,6 +12,7 @@ SCENARIOS = [
     "a_loop_is_the_simulation",
     "a_loop_accumulates",
     "a_loop_saves_and_loads",
+    "a_loop_keeps_codes_fragments_and_settings",
     "a_loop_with_a_warm_up",
     "loops_by_time_save_where_each_was",
     "loops_of_different_length_end_together",

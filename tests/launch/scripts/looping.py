@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hf_edit import EDiT, EDiTConfig
+from hf_edit.method.tuning import Tuned
 from hf_edit.sync.units import local_part, named_tensors
 from tests.dist.nets import state_on_host
 from tests.launch.scripts.features import Blocks
@@ -133,6 +135,43 @@ def a_loop_saves_and_loads() -> dict[str, Any]:
         pytest.raises(ValueError, match=re.escape("edit/ has no manifest")),
     ):
         edit.load(place)
+    return {}
+
+
+def a_loop_keeps_codes_fragments_and_settings() -> dict[str, Any]:
+    """What codes have left out, which part is next and the settings that have found themselves are in state_dict();
+    save() and load() go on bit for bit."""
+    config = EDiTConfig(sync_interval=4, fragments=2, compression="int8", overlap="delayed", delay_steps=1, tune="auto")
+    loop = Loop(config)
+    with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+        loop.train(edit, batches=3)
+        edit._engine.tuning._hold(Tuned(3, 2, "int4"))
+        loop.train(edit, batches=6, skip=3)
+        edit.flush()
+        loop.train(edit, batches=4, skip=9)
+        edit._engine.drain()
+        copy = {n: t.clone() if isinstance(t, Tensor) else dict(t) for n, t in edit.state_dict().items()}
+        assert copy["counters"]["fragment_steps"] != [0, 0]
+        assert not copy["counters"]["whole"]
+        assert any("residual" in name and local_part(t).any() for name, t in copy.items() if isinstance(t, Tensor))
+    other = Loop(config)
+    with EDiT(other.accelerator, other.model, other.optimizer, config) as edit:
+        edit.load_state_dict(copy)
+        assert edit._engine.tuning.settings == Tuned(3, 2, "int4")
+        again = edit.state_dict()
+        assert again["counters"] == copy["counters"]
+        assert all(torch.equal(local_part(again[n]), local_part(t)) for n, t in copy.items() if isinstance(t, Tensor))
+    steady = dataclasses.replace(config, tune="off")  # measured seconds are never the same
+    loop, place = Loop(steady), FOLDER / "coded"
+    with EDiT(loop.accelerator, loop.model, loop.optimizer, steady) as edit:
+        loop.train(edit, batches=6)
+        edit.save(place)
+        loop.train(edit, batches=5, skip=6)
+    end, resumed = loop.parameters(), Loop(steady)
+    with EDiT(resumed.accelerator, resumed.model, resumed.optimizer, steady) as edit:
+        assert edit.load(place) == 6
+        resumed.train(edit, batches=5, skip=6)
+    assert all(torch.equal(value, end[name]) for name, value in resumed.parameters().items())
     return {}
 
 

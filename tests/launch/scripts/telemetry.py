@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
 
 from hf_edit import EDiT, EDiTConfig, EDiTTrainer
+from hf_edit.method.tuning import Tuned
 from tests.launch.scripts.features import assert_replicas_equal
 from tests.launch.scripts.looping import Loop
 from tests.launch.scripts.scenarios import FOLDER, forget_trainings, make_model, make_rows, parameters, train
@@ -224,6 +225,32 @@ def reports_to_trackers() -> dict[str, Any]:
         assert any("9 syncs, " in text for text in bar.texts), bar.texts[-3:]
         wandb.finish()
     return {"syncs": trainer.edit_stats.syncs}
+
+
+def syncs_of_parts_and_settings_are_in_the_journal() -> dict[str, Any]:
+    """With fragments the units of each sync; with tune what was in force, and why it changes."""
+    forget_trainings()
+
+    class Told(EDiTTrainer):
+        def _log_syncs(self) -> None:
+            self._engine.tuning._tuner.wanted = Tuned(2, 2, "int8")  # as if the user had set it
+            super()._log_syncs()
+
+    settings = dict(overlap="delayed", delay_steps=2, fragments=2, tune="auto")
+    trainer = train(EDiTConfig(sync_interval=4, **settings), trainer=Told, max_steps=STEPS,
+                    output_dir=str(FOLDER / "parts"))  # fmt: skip
+    assert_replicas_equal(trainer)
+    syncs = journal("parts", "sync")
+    units = journal("parts", "run")[0]["units"]
+    parts = [sync["units"] for sync in syncs if "units" in sync]
+    assert len(parts) >= 8
+    assert sorted(parts[0] + parts[1]) == list(range(len(units)))
+    assert all(len(sync["norms"]) == len(sync.get("units", units)) for sync in syncs)
+    assert syncs[0]["sync_interval"] == 4
+    assert any(sync["bytes_per_parameter"] < 2 for sync in syncs), "int8 from some sync on"
+    events = [event for event in journal("parts", "event") if "settings" in event["title"]]
+    assert any("as int8" in event["text"] for event in events), events
+    return {}
 
 
 def a_loop_has_a_journal() -> dict[str, Any]:

@@ -90,12 +90,16 @@ def test_a_short_run_gets_short_intervals(capsys: pytest.CaptureFixture[str]) ->
     assert {outcome["settings"]["sync_interval"] for outcome in found["outcomes"]} == {8, 16, 32}
 
 
-def test_what_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_codes_are_part_of_what_is_recommended(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, JOB + " --compression int8 --replicas 8")
-    if "compression" not in EDiTConfig.__dataclass_fields__:
-        assert "compression int8: EDiTConfig does not have it yet" in text
-        assert "compression=" not in text
+    assert 'compression="int8"' in text
     assert "more than 4 replicas: none have been measured" in text
+
+
+def test_it_says_whether_codes_would_pay(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = said(capsys, JOB.replace("1gbit", "50mbit"))
+    assert re.search(r"With compression='int8' a sync every \d+ steps would keep", slow), slow
+    assert "compression does not pay here" in said(capsys, JOB.replace("1gbit", "unlimited"))
 
 
 def test_a_long_sync_gets_a_long_time_limit(capsys: pytest.CaptureFixture[str]) -> None:
