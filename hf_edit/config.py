@@ -107,12 +107,12 @@ class EDiTConfig:
     compression: Literal["none", "bf16", "int8", "int4"] = _knob(
         "none",
         'What a sync sends: "none" (fp32), "bf16" (half of the bytes), "int8" (0.254), "int4" (0.141). What the codes '
-        "leave out is kept and sent later (error feedback), at 4 bytes of memory a parameter.",
+        "leave out is kept and sent later (error feedback), at 4 bytes of memory a parameter, 8 if delayed.",
     )
     fragments: int = _knob(
         1,
         "Parts in which the units are synced, one after the other and each once in sync_interval steps: the link's "
-        "greatest load is that much less. Evaluations and checkpoints sync all of them.",
+        "greatest load is about that much less. Evaluations and checkpoints sync all of them.",
     )
     units_in_flight: int = _knob(
         2,
@@ -149,6 +149,8 @@ class EDiTConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.tune is False:  # what YAML makes of off
+            object.__setattr__(self, "tune", "off")
         self._check_triggers()
         for name in (
             "num_replicas",
@@ -183,6 +185,9 @@ class EDiTConfig:
                 also = ", or a callable params -> torch.optim.Optimizer" if name == "outer_optimizer" else ""
                 raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, choices))}{also} is needed.")
 
+        for name in ("balance", "offload_outer_state"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: true or false is needed.")
         if self.tune != "off" and (self.overlap != "delayed" or self.sync_seconds is not None):
             raise ValueError(
                 f"tune={self.tune!r} with overlap={self.overlap!r}, sync_seconds={self.sync_seconds}: it looks for an "
@@ -239,7 +244,9 @@ class EDiTConfig:
             raise ValueError(f"preset {name!r}: one of {', '.join(map(repr, PRESETS))} is needed.")
         values = {**PRESETS[name], **overrides}
         if name == "co2":
-            values.setdefault("delay_steps", values.get("sync_interval", cls.sync_interval))
+            values.setdefault(
+                "delay_steps", values.get("sync_interval", cls.sync_interval) // values.get("fragments", 1)
+            )
         return cls(**values)
 
     @classmethod

@@ -23,6 +23,7 @@ import peers
 import slow_network
 import stragglers
 import traffic
+import tuning
 from lib import convergence_report, overview
 from lib.results import BENCHMARKS, RESULTS, read_results
 
@@ -51,6 +52,7 @@ def table(name: str) -> str:
         "peers": peers.table,
         "gpu": gpu.table,
         "traffic": traffic.table,
+        "tuning": tuning.table,
         "overhead": overhead.table,
         "convergence": lambda results: convergence_report.scenario_table(results, scenario),
     }

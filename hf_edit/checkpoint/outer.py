@@ -24,7 +24,7 @@ from hf_edit.checkpoint.tensors import Owners, ReplicaRanks, optimizer_class, pa
 from hf_edit.method.outer import OuterState
 from hf_edit.method.penalty import DetectorState
 from hf_edit.sync.unit_sync import OuterSync
-from hf_edit.sync.units import Unit, like_param
+from hf_edit.sync.units import Unit, like_param, local_part
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,16 @@ def residual_tensors(sync: OuterSync, prefix: str = "residual") -> dict[str, Ten
 
 
 def load_residuals(place: Path, sync: OuterSync, ranks: ReplicaRanks) -> None:
-    """In place, what is in the part of a saved replica; what is not stays as it is, zeros in a new training."""
+    """Adds what is in the part of a saved replica; also for a run without codes, whose next sync sends it."""
     saved = saved_tensors(place)
-    read({name: tensor for name, tensor in residual_tensors(sync).items() if name in saved}, place, ranks.group)
+    if not sync.states or not any(name.startswith("residual/") for name in saved):
+        return
+    sync.keep_residuals()
+    found = {name: tensor for name, tensor in residual_tensors(sync).items() if name in saved}
+    read_in = {name: torch.empty_like(tensor) for name, tensor in found.items()}
+    read(read_in, place, ranks.group)
+    for name, tensor in found.items():
+        local_part(tensor).add_(local_part(read_in[name]))
 
 
 def pack_outer(sync: OuterSync, ranks: ReplicaRanks) -> tuple[dict[str, Tensor], dict[str, Any]]:

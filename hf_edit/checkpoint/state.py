@@ -153,17 +153,16 @@ def _read_part(folder: Path, manifest: Manifest, layout: Layout) -> dict[str, An
 def load_outer(folder: Path, manifest: Manifest, training: Training) -> None:
     """The outer state, for an engine that began with the steps taken until then, on a model that is loaded already.
 
-    Replica i takes the residuals of saved replica i alone: each of them is a part of one sum.
+    Replica i takes the residuals of the saved replicas i, i + R, ...: each of them is a part of one sum.
     """
     engine, layout = training.engine, training.layout
     if engine is None:
         return
     rest = _read_part(folder, manifest, layout)["outer"]
     outer.load_outer(folder / EDIT_FOLDER / "outer", manifest, engine.sync, rest, training.ranks)
-    engine.tuning.resume()
-    if layout.replica < manifest.num_replicas:
-        place = (folder / host_part(layout.replica, 0)).parent
-        outer.load_residuals(place, engine.sync, training.ranks)
+    engine.tuning.resume(manifest.config)
+    for replica in range(layout.replica, manifest.num_replicas, layout.num_replicas):
+        outer.load_residuals((folder / host_part(replica, 0)).parent, engine.sync, training.ranks)
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------

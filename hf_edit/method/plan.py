@@ -37,6 +37,7 @@ class SyncPlan:
     unchanged: Tensor
     rolled_back: Tensor
     tallies: dict[str, Tensor]
+    idle: Tensor  # [U, R] or [R] bool: the replica took no step since the unit's last sync
 
     @property
     def sound_replica(self) -> int | None:
@@ -47,20 +48,25 @@ class SyncPlan:
 
 
 def make_plan(
-    table: Tensor, tally_names: Sequence[str], detectors: DetectorState, config: EDiTConfig
-) -> tuple[SyncPlan, DetectorState]:
+    table: Tensor, tally_names: Sequence[str], detectors: DetectorState, config: EDiTConfig,
+    fragments: Sequence[int] = (),
+) -> tuple[SyncPlan, DetectorState]:  # fmt: skip
     """The plan of a sync, and the detectors after it (EDiT, Algorithm 2: eliminate and weigh).
 
     Args:
         table: [R, U + T] float64 on the host; for each replica the squared norm of each unit, then its tallies.
-        tally_names: T names, "inner_steps" among them; "unit_steps" where these units' last sync was another than the
-            last one; "rows" where they are dealt out by speed. A replica that did no step is idle: it has nothing to
-            say, and its norm of 0 would weigh most.
+        tally_names: T names, "inner_steps" among them; "rows", and the "share" of a batch that stands for them where
+            nobody has read any, where they are dealt out by speed. A replica that did no step is idle: it has nothing
+            to say, and its norm of 0 would weigh most.
+        fragments: of each unit, where there are several; "fragment_steps_I" is a tally then, the steps since the last
+            sync of fragment I.
     """
     num_units = table.shape[1] - len(tally_names)
     norms = table[:, :num_units].sqrt().T
     tallies = dict(zip(tally_names, table[:, num_units:].T, strict=True))
-    steps = tallies.get("unit_steps", tallies["inner_steps"])
+    steps = tallies["inner_steps"]
+    if fragments:
+        steps = torch.stack([tallies[f"fragment_steps_{fragment}"] for fragment in fragments])
     idle = steps == 0
     anomalous, restarted, after = detect_anomalies(
         detectors,
@@ -79,12 +85,12 @@ def make_plan(
     else:
         weights = share_weights(steps if config.weighting == "steps" else torch.ones_like(steps), passed)
     if "rows" in tallies:  # dealt out by speed: a replica's progress counts as much as it has read
-        weights = weights * tallies["rows"]
+        weights = weights * (tallies["rows"] if float(tallies["rows"].sum()) > 0 else tallies["share"])
         weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
     unchanged = ~passed.any(dim=1)
     rolled_back = unchanged & anomalous.any(dim=1)
     z = z_score(norms, detectors.mean, detectors.variance)
-    return SyncPlan(norms, z, weights, anomalous, restarted, unchanged, rolled_back, tallies), after
+    return SyncPlan(norms, z, weights, anomalous, restarted, unchanged, rolled_back, tallies, idle), after
 
 
 @dataclass

@@ -17,6 +17,7 @@ from hf_edit.method.compression import bytes_per_element
 KINDS = ("none", "bf16", "int8", "int4")  # from most to fewest bytes
 FEWEST_STEPS = 16  # of an interval: shorter ones learn less (the outer momentum multiplies the learning rate)
 MARGIN = 1.25  # of the delay over the network's seconds
+GROWTH = 8  # of an interval at once, so that one pause of the network does not set it
 WORK_SHARE = 0.01  # of an interval that a sync's own work may take
 KEPT = 3  # measurements; a slower network counts at once, a faster one when all of them say so
 SLACK = 0.6  # an interval is kept while more of it is needed than this
@@ -114,6 +115,7 @@ class Tuner:
         if _coarser(now.compression, kind) and not (sure and self._needed(kind)[0] <= 0.8 * limits[kind]):
             kind = now.compression
         interval, delay = self._needed(kind)
+        interval = min(interval, GROWTH * max(now.interval, self._fewest))
         longer, much_shorter = interval > now.interval, sure and interval < SLACK * now.interval
         if kind == now.compression and not longer and not much_shorter:
             later, much_sooner = delay > now.delay_steps, sure and delay < SLACK * now.delay_steps

@@ -18,7 +18,7 @@ from hf_edit.method.schedule import GlobalProgress, SyncSchedule
 from hf_edit.peers.group import Peers
 from hf_edit.sync.equality import Buffers, check_agreement, make_replicas_equal
 from hf_edit.sync.fragments import Fragments
-from hf_edit.sync.overlap import Blocking, Delayed, Forward, Runner, beside
+from hf_edit.sync.overlap import Blocking, Delayed, Forward, Runner, at_once, beside
 from hf_edit.sync.tuned import Tuning
 from hf_edit.sync.unit_sync import OuterSync
 from hf_edit.sync.units import find_units, is_compiled, keep_gradients_local, release, start_averaging_gradients
@@ -81,6 +81,10 @@ class Engine:
         self._way = self._under_way = self._blocking = Blocking(self.sync)
         if self._delay_steps:
             self._way = Delayed(self.sync, runner)
+            if self.sync.device.type == "cuda":
+                # A replica that is at a sync of all may meet others there that begin a delayed one: through the same
+                # process group, that of host memory.
+                self._under_way = self._blocking = Delayed(self.sync, at_once)
         elif config.overlap == "forward" and not is_compiled(model):
             # Hooks that come and go would have a compiled model traced anew for every sync.
             self._way = Forward(self.sync)
@@ -263,16 +267,16 @@ class Engine:
         # Steps are equal on all ranks of a replica, and what is gathered is the sum over them.
         steps = {"inner_steps": schedule.inner_steps / size, "interval_steps": schedule.interval_steps / size}
         if len(self.fragments) > 1:
-            steps["unit_steps"] = part.unit_steps / size
+            steps |= {f"fragment_steps_{number}": count / size for number, count in enumerate(part.told)}
         asked = {name: float(name in requests) for name in (*REQUESTS, "barrier")}
         measured = {name: value / size for name, value in self.sync.interval.tallies(self._clock()).items()}
         more = {} if self._on_begin is None else self._on_begin()
         more |= self.tuning.tallies(delayed=way is not self._blocking)
         tallies = {**self.tallies, **asked, "buffers": self._buffers.changed(), **steps, **measured, **more}
-        way.begin(tallies, part.indices)
+        way.begin(tallies, part)
         self._under_way = way
         self._reported = self.tallies, schedule.inner_steps, schedule.interval_steps, self.fragments.steps
-        self.fragments.steps = part.steps
+        self.fragments.steps = part.after
         self.tallies = dict.fromkeys(TALLIES, 0.0)
         schedule.restart()
         self.progress.hand_over()

@@ -1,9 +1,9 @@
-"""Which units a sync is of: all, or those whose turn it is."""
+"""Which units a sync is of: all, or those of one fragment after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hf_edit.method.schedule import fragments
 from hf_edit.sync.units import Unit
@@ -11,11 +11,15 @@ from hf_edit.sync.units import Unit
 
 @dataclass(frozen=True)
 class Part:
-    """What a sync is of, and since when: `unit_steps` inner steps; `steps` are those of each fragment after it."""
+    """The units of a sync by their `indices`, and where there are several fragments, that of each unit.
+
+    `told` are this replica's inner steps since the last sync of each fragment, `after` the same behind this sync.
+    """
 
     indices: list[int]
-    unit_steps: int
-    steps: list[int]
+    fragments: list[int] = field(default_factory=list)
+    told: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
 
 
 class Fragments:
@@ -39,11 +43,13 @@ class Fragments:
     def of_sync(self, before: int, inner_steps: int, whole: bool) -> Part:
         """What the sync after `before` others is of, `inner_steps` after the last one; `whole`: of all units."""
         chosen = range(len(self)) if whole else [before % len(self)]
-        steps = [since + inner_steps for since in self.steps]
+        told = [since + inner_steps for since in self.steps]
+        owners = {unit: part for part in chosen for unit in self._parts[part]}
         return Part(
-            indices=sorted(unit for part in chosen for unit in self._parts[part]),
-            unit_steps=max(steps[part] for part in chosen),
-            steps=[0 if part in chosen else since for part, since in enumerate(steps)],
+            indices=sorted(owners),
+            fragments=[owners[unit] for unit in sorted(owners)] if len(self) > 1 else [],
+            told=told,
+            after=[0 if part in chosen else since for part, since in enumerate(told)],
         )
 
     def forget(self) -> None:

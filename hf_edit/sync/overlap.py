@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from hf_edit.method.plan import SyncPlan
+from hf_edit.sync.fragments import Part
 from hf_edit.sync.running import Running
 from hf_edit.sync.unit_sync import OuterSync
 
@@ -35,13 +36,13 @@ class Blocking:
     def __init__(self, sync: OuterSync) -> None:
         self._sync = sync
 
-    def begin(self, tallies: dict[str, Tensor | float], indices: Sequence[int] | None = None) -> None:
+    def begin(self, tallies: dict[str, Tensor | float], part: Part | None = None) -> None:
         """Tells the other replicas; the parameters must not change until the sync has ended.
 
         Args: as of `OuterSync.begin`.
         """
         with self._sync.exposed:
-            self._sync.begin(tallies, indices=indices)
+            self._sync.begin(tallies, part=part)
 
     def decide(self) -> SyncPlan:
         """Waits until all replicas have come to the sync under way; what they decided."""
@@ -162,9 +163,9 @@ class Delayed(Blocking):
         self._decided = threading.Event()
         self._committed: Callable[[], bool] | None = None
 
-    def begin(self, tallies: dict[str, Tensor | float], indices: Sequence[int] | None = None) -> None:
+    def begin(self, tallies: dict[str, Tensor | float], part: Part | None = None) -> None:
         with self._sync.exposed:
-            run = self._sync.begin(tallies, in_host=True, indices=indices)
+            run = self._sync.begin(tallies, in_host=True, part=part)
             device = self._sync.device
             written = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
             self._decided = decided = threading.Event()

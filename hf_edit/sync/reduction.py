@@ -54,12 +54,6 @@ class Reduction:
         """Exchanges of a sum that follow one another."""
         return 1 if self.codec is None else 2
 
-    def use(self, codec: Codec | None, sizes: Sequence[int], device: torch.device, pin: bool) -> None:
-        """Sums as codes of `codec`, or as they are, from the next one on; residuals of `sizes` begin as zeros."""
-        self.codec = codec
-        if codec is not None and not self.residuals:
-            self.residuals = [torch.zeros(size, device=device, pin_memory=pin) for size in sizes]
-
     def start(self, unit: int, delta: Tensor, weight: float, members: Sequence[int], scratch: Scratch | None) -> Sum:
         """Starts the sum of each member's `weight` times its pseudo-gradient `delta` [n].
 
@@ -90,8 +84,8 @@ class _WholeSum:
         return self._sum
 
     def keep(self) -> None:
-        if self._left is not None:
-            self._left.zero_()
+        if self._left is not None:  # in order behind the copy that may still read it
+            self._left.copy_(torch.zeros_like(self._sum), non_blocking=True)
 
 
 class _CompressedSum:

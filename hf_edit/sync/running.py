@@ -21,6 +21,7 @@ class Running:
 
     number: int
     units: list[int]
+    fragments: list[int]  # that each of them is of; empty where there is one alone
     begun_at: float
     members: list[int]
     gathered: Callable[[], Tensor]

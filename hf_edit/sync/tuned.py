@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +27,7 @@ class Tuning:
         self.settings = self._chosen = self._advised = Tuned(
             config.sync_interval // parts, delay_steps, config.compression
         )
-        self._mode, self._parts = config.tune, parts
+        self._config, self._mode, self._parts = config, config.tune, parts
         self._schedule, self._sync = schedule, sync
         self._tuner = Tuner(self.settings, parts)
         self._before: Tuned | None = None  # of the last sync, if it was one that the settings are for
@@ -63,10 +66,21 @@ class Tuning:
         if self._sync.tuning is not None:
             self._sync.tuning.copy_(torch.tensor(to_numbers(self._tuner, self.settings), dtype=torch.float64))
 
-    def resume(self) -> None:
-        """What `OuterSync.tuning` has taken from a checkpoint holds."""
-        if self._sync.tuning is not None and (saved := from_numbers(self._tuner, self._sync.tuning.tolist())):
-            self._hold(saved)
+    def resume(self, config: Mapping[str, Any] | None = None) -> None:
+        """What `OuterSync.tuning` has taken from a checkpoint holds, if this run is set as that one was.
+
+        Args:
+            config: that run's; None: it is this one's.
+        """
+        if self._sync.tuning is None:
+            return
+        names = ("tune", "sync_interval", "delay_steps", "compression", "fragments")
+        same = config is None or all(config.get(name) == getattr(self._config, name) for name in names)
+        saved = from_numbers(self._tuner, self._sync.tuning.tolist()) if same else None
+        if saved is None:
+            self._tuner.history.clear()
+            self._sync.tuning.fill_(NOTHING)
+        self._hold(saved if saved is not None and self._mode == "auto" else self._tuner.wanted)
 
     def _hold(self, settings: Tuned) -> None:
         if settings != self.settings:

@@ -24,6 +24,7 @@ from hf_edit.method.penalty import DetectorState, clip_factor, square_norm
 from hf_edit.method.plan import SyncPlan, SyncRecord, make_plan
 from hf_edit.peers.group import Conversation
 from hf_edit.peers.replica import Replica
+from hf_edit.sync.fragments import Part
 from hf_edit.sync.measure import Interval, Scratch, Stopwatch, phase
 from hf_edit.sync.reduction import Reduction
 from hf_edit.sync.running import Running
@@ -64,6 +65,7 @@ class OuterSync:
             config.outer_optimizer, config.outer_lr, config.outer_momentum, config.outer_warmup_syncs
         )
         self.reduction = Reduction(peers)
+        self.compression: str = config.compression
         self.device = self.units[0].parts()[0].device
         self.running: Running | None = None
         self.exposed = Stopwatch(self.device, clock)
@@ -82,16 +84,25 @@ class OuterSync:
         """The anchor becomes the current parameters, the outer state what it is at first."""
         self.states = [self.rule.init(unit.parts(), self.config.offload_outer_state) for unit in self.units]
         self.reduction.residuals = []
-        self.use_codes(self.config.compression)
+        self.use_codes(self.compression)
         self.whole, self._last_end = True, self.clock()
         self.interval = Interval(self._last_end)
 
     def use_codes(self, compression: str) -> None:
         """What is sent from the next sync on; one of EDiTConfig's `compression`."""
-        in_host = self.config.offload_outer_state or self.config.overlap == "delayed"
-        device = torch.device("cpu") if in_host else self.device
-        sizes = [state.anchor.numel() for state in self.states]
-        self.reduction.use(CODECS.get(compression), sizes, device, pin=device != self.device)
+        self.compression, self.reduction.codec = compression, CODECS.get(compression)
+        if self.reduction.codec is not None:
+            self.keep_residuals()
+
+    def keep_residuals(self) -> None:
+        """There is room for what codes leave out, zeros where there was none."""
+        if not self.reduction.residuals:
+            in_host = self.config.offload_outer_state or self.config.overlap == "delayed"
+            device = torch.device("cpu") if in_host else self.device
+            pin = device != self.device
+            self.reduction.residuals = [
+                torch.zeros(state.anchor.shape, device=device, pin_memory=pin) for state in self.states
+            ]
 
     @property
     def pending(self) -> bool:
@@ -112,13 +123,11 @@ class OuterSync:
 
     @torch.no_grad()
     @phase("exchange")
-    def begin(
-        self, tallies: dict[str, Tensor | float], in_host: bool = False, indices: Sequence[int] | None = None
-    ) -> Running:
+    def begin(self, tallies: dict[str, Tensor | float], in_host: bool = False, part: Part | None = None) -> Running:
         """Starts a sync: sends this replica's norms and tallies, or has them ready to be sent by `await_plan`.
 
         Args:
-            indices: the units that take part, equal on all replicas, in ascending order; None: all.
+            part: the units that take part, equal on all replicas; None: all.
             tallies: scalars to sum over this replica's ranks and to share with all replicas, by name.
             in_host: all goes through host memory, while the parameters go on changing; nothing is sent yet.
         """
@@ -126,10 +135,10 @@ class OuterSync:
             raise RuntimeError("A sync is under way already; finish it before the next one begins.")
         number, begun_at, bytes_before = self.sync_count + 1, self.clock(), self.peers.bytes_sent
         members = [] if in_host else self.peers.begin(number)
-        indices = list(range(len(self.units)) if indices is None else indices)
+        part = part or Part(list(range(len(self.units))))
         deltas, norms = [], []
         reuses = in_host and self.device.type == "cpu"
-        for index in indices:
+        for index in part.indices:
             new_like = self._scratch.take if reuses else torch.empty_like
             delta = unit_values.read(self.units[index], self.states[index], self.device, new_like)
             norms.append(square_norm(delta))
@@ -140,7 +149,9 @@ class OuterSync:
         sent = self._scratch.to_host(packed) if in_host else packed
         gathered = (lambda: self.peers.gather(sent)()) if in_host else self.peers.gather(sent)
         self.waited_until = None
-        self.running = Running(number, indices, begun_at, members, gathered, list(tallies), bytes_before, deltas)
+        self.running = Running(
+            number, part.indices, part.fragments, begun_at, members, gathered, list(tallies), bytes_before, deltas
+        )
         return self.running
 
     @phase("await_plan")
@@ -153,7 +164,7 @@ class OuterSync:
             table = rows.new_zeros(self.peers.num_replicas, rows.shape[1])  # who does not take part did no step
             table[run.members] = rows
             before = self.detectors.of(run.units)
-            run.plan, run.detectors = make_plan(table, run.tally_names, before, self.config)
+            run.plan, run.detectors = make_plan(table, run.tally_names, before, self.config, run.fragments)
             run.network = Stopwatch(table.device if run.deltas else self.device, self.clock)
             run.network.start()
             if run.deltas:
@@ -316,7 +327,8 @@ class OuterSync:
     def _end(self, run: Running) -> None:
         assert run.detectors is not None
         self.detectors = self.detectors.replaced(run.units, run.detectors)
-        self.unit_syncs[run.units] += 1
+        told = ~run.decided.idle.expand(run.decided.norms.shape).all(dim=1)  # else the outer step was none
+        self.unit_syncs[torch.tensor(run.units)[told]] += 1
         self.sync_count, self.whole, self.running = run.number, len(run.units) == len(self.units), None
         now = self.clock()
         if not run.deltas:
@@ -331,6 +343,5 @@ class OuterSync:
             self.interval = Interval(run.begun_at, exposed, run.wait_seconds, run.network.lap())
         record = run.recorder(names, len(self.units), exposed, now, interval_seconds, sync_bytes, self.device)
         run.deltas.clear()  # the record keeps no memory that is used again
-        tallies = run.decided.tallies
-        if float(tallies.get("unit_steps", tallies["inner_steps"]).sum()) > 0:  # else nobody has anything to tell of
+        if bool(told.any()):  # else nobody has anything to tell of
             self._finished.append(record)

@@ -107,6 +107,11 @@ class TrainerBalance(_TrainerToBe):
                 f"and torch's own BatchSampler; here the loader has {type(shard).__name__} of {type(inner).__name__}. "
                 "Use a map-style data set without split_batches, or leave balance out and set sync_seconds (A-EDiT)."
             )
+        if inner.batch_size != size:
+            raise ValueError(
+                f"balance=True: the loader's batches have {inner.batch_size} rows, and per_device_train_batch_size is "
+                f"{size}. Give both the same number."
+            )
         if size < 2 or self.args.auto_find_batch_size:
             raise ValueError(
                 f"balance=True with per_device_train_batch_size={size}, auto_find_batch_size="
@@ -118,6 +123,8 @@ class TrainerBalance(_TrainerToBe):
         self._plan: list[tuple[tuple[int, int], list[int]]] = [((0, 0), equal)]
         shard.batch_sampler = UnevenBatchSampler(inner, self.edit_layout, self._plan)
         shard.batch_size, shard.even_batches = None, False  # its batches are of many sizes, and as many for each rank
+        workers = getattr(loader, "num_workers", 0) * (getattr(loader, "prefetch_factor", None) or 0)
+        self._ahead = max(self._get_peers().gather_object(READ_AHEAD + workers))
 
     # -- at a sync ----------------------------------------------------------------------------------------------------
 
@@ -126,7 +133,12 @@ class TrainerBalance(_TrainerToBe):
         if self._balance is None:
             return {}
         rows, self._rows = self._rows, 0
-        return {"rows": float(rows)}
+        share = self._balance.shares[self.edit_layout.replica] / self.edit_layout.replica_size
+        return {"rows": float(rows), "share": share}
+
+    def _forget_rows(self) -> None:
+        """What was learnt from them since the last sync is given up."""
+        self._rows = 0
 
     def _rebalance(self, record: SyncRecord) -> None:
         """All ranks have the same numbers and are at the same step."""
@@ -136,8 +148,7 @@ class TrainerBalance(_TrainerToBe):
         shares = self._balance.look(told["rows"].tolist(), told["training_seconds"].tolist())
         if shares is None:
             return
-        ahead = READ_AHEAD + self.args.dataloader_num_workers * (self.args.dataloader_prefetch_factor or 2)
-        self._plan.append(((self._position.epoch, self._position.num_batches + ahead), shares))
+        self._plan.append(((self._position.epoch, self._position.num_batches + self._ahead), shares))
         if self.is_world_process_zero():
             self._say_shares(shares)
 
@@ -155,7 +166,10 @@ class TrainerBalance(_TrainerToBe):
         return {"plan": plan, "shares": self._balance.shares, "speeds": self._balance.speeds}
 
     def _restore_balance(self, state: dict[str, Any] | None) -> None:
-        if self._balance is not None and state is not None and sum(state["shares"]) == sum(self._balance.shares):
+        assert self._engine is not None
+        if self._balance is None or state is None or self._engine.warming_up:  # in which all have the same share
+            return
+        if sum(state["shares"]) == sum(self._balance.shares):
             self._balance = Balance(list(state["shares"]), list(state["speeds"]))
             self._plan[:] = [((epoch, number), shares) for epoch, number, *shares in state["plan"]]
 
@@ -166,8 +180,16 @@ class TrainerBalance(_TrainerToBe):
         step = super().training_step
         if self._balance is None:
             return step(model, inputs, num_items_in_batch)
+        assert self._engine is not None
         rows = _num_rows(inputs)
-        self._rows += rows
+        dealt = [shares[self.edit_layout.replica] for _, shares in self._plan]
+        if rows not in dealt:
+            raise ValueError(
+                f"balance=True deals {dealt[-1]} rows to a rank here, but its batch has {rows}. Use a data collator "
+                "that gives a row for each example, or leave balance out."
+            )
+        if not self._engine.warming_up:
+            self._rows += rows
         size, total = self._train_batch_size, None
         if rows <= size:
             return step(model, inputs, num_items_in_batch)

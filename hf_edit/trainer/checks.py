@@ -210,7 +210,7 @@ def optimizer_problem(optimizer: Any, sharded: bool, warms_up: bool) -> str | No
 def never_due(config: EDiTConfig, first_step: int, last_step: int) -> str | None:
     """What to say of a training whose optimizer steps first_step + 1 ... last_step are too few for a sync; or None."""
     steps = last_step - max(first_step, config.warmup_steps)
-    if config.sync_seconds is not None or steps >= config.sync_interval:
+    if config.sync_seconds is not None or steps >= config.sync_interval // config.fragments:
         return None
     return (
         f"this training takes {max(steps, 0)} inner steps, fewer than sync_interval={config.sync_interval}: the "

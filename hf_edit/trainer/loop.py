@@ -247,10 +247,17 @@ class EDiT:
             return
         self._engine.abandon()
         self._engine.go_on_at(int(state["counters"]["step"]))
-        if self._engine.sync.tuning is not None and "tuning" in state:
-            self._engine.sync.tuning.copy_(state["tuning"])
+        sync = self._engine.sync
+        if sync.tuning is not None and "tuning" in state:
+            sync.tuning.copy_(state["tuning"])
             self._engine.tuning.resume()
-        mine = outer_tensors(self._engine.sync, self._training().ranks)
+        if any(name.startswith("residual/") for name in state):
+            sync.keep_residuals()
+        elif sync.reduction.residuals:  # of codes that were not in use yet
+            for residual in sync.reduction.residuals:
+                residual.zero_()
+        mine = outer_tensors(sync, self._training().ranks)
+        mine = {name: tensor for name, tensor in mine.items() if name in state or not name.startswith("residual/")}
         missing = set(mine) ^ (set(state) - {"counters"})
         if missing:
             raise ValueError(f"The state is of another model or method; only one side has: {sorted(missing)[:8]}.")

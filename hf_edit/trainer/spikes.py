@@ -77,6 +77,7 @@ class TrainerSpikes(_TrainerToBe):
         beyond_help = math.isinf(size) and self._monitor.streak > self.edit_config.max_consecutive_spikes
         if response == "rollback" and not self._engine.warming_up and not beyond_help:
             self._engine.go_back(clear=math.isinf(size))
+            self._forget_rows()
         if response == "stop" or beyond_help:
             self._conductor.request({"stop"})
             self._say_once(

@@ -60,6 +60,7 @@ def simulate(
     syncs = 0
     whole = True  # the last sync was of all units
     taken = dict.fromkeys(units, 0)  # syncs in which the unit took part
+    steps_since = dict.fromkeys(units, 0)
     corrections: list[dict[str, Tensor]] = []  # of a sync that has begun, one for each replica
 
     def take_anchor() -> None:
@@ -77,8 +78,10 @@ def simulate(
 
     def outer_sync(at_once: bool, of_all: bool = False) -> None:
         nonlocal syncs, whole
-        chosen = list(units) if of_all else parts[syncs % len(parts)]
-        syncs, whole = syncs + 1, len(chosen) == len(units)
+        part = [list(units)] if of_all else [parts[syncs % len(parts)]]
+        syncs, whole = syncs + 1, of_all or len(parts) == 1
+        chosen = [unit for unit in part[0] if steps_since[unit]]  # else there is nothing to tell of it
+        steps_since.update(dict.fromkeys(chosen, 0))
         moving = [name for unit in chosen for name in units[unit]]
         before = [{n: p.detach().clone() for n, p in net.named_parameters() if n in moving} for net in nets]
         move_anchor(chosen)
@@ -148,6 +151,7 @@ def simulate(
                 take_anchor()
         if step >= warmup:
             since += 1
+            steps_since = {unit: count + 1 for unit, count in steps_since.items()}
             if corrections and since == delay:
                 apply()
             if since == tau // len(parts):

@@ -238,6 +238,13 @@ def test_what_compressed_syncs_left_out_comes_back(replica_size: int, settings: 
 
     assert run_ranks(4, more) == [[True] * 4, [True] * 4, [False] * 4, [False] * 4]
 
+    def fewer(rank: int) -> list[Tensor]:  # one process that is both, and without codes: the next sync sends it
+        alone = Trained(2, **{**settings, "weighting": "uniform"})
+        alone.load(tmp_path / "saved")
+        return [residual.clone() for residual in alone.engine.sync.reduction.residuals]
+
+    assert all(residual.any() for rank in run_ranks(2, fewer) for residual in rank)
+
 
 def test_another_number_of_ranks_takes_what_does_not_depend_on_it(tmp_path: Path, caplog: Any) -> None:
     """2 x 2 to 4 x 1 and back: whole parameters' state; one with anything of a rank's own starts anew as a whole."""

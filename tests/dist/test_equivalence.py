@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.schedule import fragments
+from hf_edit.sync.overlap import Delayed, at_once
 from tests.dist.nets import UNITS, Net, Run, batch, make_optimizer, train
 from tests.dist.reference import simulate
 from tests.dist.threads import run_ranks
@@ -250,6 +251,24 @@ def test_a_delay_without_a_step_is_no_delay(shape: tuple[int, int]) -> None:
     assert [r.clipped_units for r in delayed[0].records] == [r.clipped_units for r in blocking[0].records]
     for one, other in zip(delayed[0].records, blocking[0].records, strict=True):
         assert one.pseudo_grad_norm == other.pseudo_grad_norm
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+def test_a_sync_of_all_through_host_memory_is_the_same(shape: tuple[int, int]) -> None:
+    """As it is with delayed syncs on CUDA, where the others may be at one of these."""
+    config = dataclasses.replace(FULL, overlap="delayed", delay_steps=2, compression="int8", fragments=1)
+
+    def flush(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:
+        if step in (4, 6):
+            engine.flush()
+
+    def in_host(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:
+        engine._blocking = Delayed(engine.sync, at_once)
+        flush(step, engine, model, optimizer)
+
+    usual, other = runs(*shape, config, before_step=flush), runs(*shape, config, before_step=in_host)
+    assert_same(usual[0].params, other[0].params)
+    assert [r.sync for r in usual[0].records] == [r.sync for r in other[0].records]
 
 
 def test_all_replicas_hold_the_same_bits_after_every_sync() -> None:

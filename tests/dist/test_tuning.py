@@ -114,6 +114,25 @@ def test_it_goes_on_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run_ranks(2, body) == [([], [], True)] * 2
 
 
+@pytest.mark.parametrize("changed", [dict(tune="advise"), dict(sync_interval=4), dict(compression="bf16")])
+def test_a_run_that_is_set_otherwise_begins_with_its_own_settings(changed: dict[str, Any], tmp_path: Path) -> None:
+    def body(rank: int) -> Any:
+        settings = dict(overlap="delayed", delay_steps=1, sync_interval=2, tune="auto", weighting="uniform")
+        one = Trained(2, "adam", **settings)
+        one.train(0, 5)
+        one.engine.flush()
+        one.engine.tuning._hold(Tuned(3, 2, "int4"))
+        one.train(5, 9)
+        one.engine.flush()
+        one.save(tmp_path / "saved", step=9)
+        other = Trained(2, "adam", **{**settings, **changed})
+        other.load(tmp_path / "saved")
+        tuning = other.engine.tuning
+        return tuning.settings == tuning._tuner.wanted, tuning._tuner.history
+
+    assert run_ranks(2, body) == [(True, [])] * 2
+
+
 def test_what_cannot_be_tuned_is_refused() -> None:
     with pytest.raises(ValueError, match="tune='auto' with overlap='forward'"):
         EDiTConfig(tune="auto")

@@ -20,8 +20,11 @@ ORDER = [
         for name in ("penalty", "plan", "outer", "compression", "tuning", "balance", "schedule", "conductor", "spikes")
     ),
     *(f"peers.{name}" for name in ("layout", "faults", "replica", "group")),
-    *(f"sync.{name}" for name in ("units", "measure", "equality", "reduction", "running", "unit_values", "unit_sync")),
-    *(f"sync.{name}" for name in ("tuned", "fragments", "overlap", "engine")),
+    *(
+        f"sync.{name}"
+        for name in ("units", "measure", "equality", "reduction", "fragments", "running", "unit_values", "unit_sync")
+    ),
+    *(f"sync.{name}" for name in ("tuned", "overlap", "engine")),
     *(f"checkpoint.{name}" for name in ("storage", "manifest", "tensors", "outer", "state")),
     *(f"telemetry.{name}" for name in ("logs", "journal", "wandb_run")),
     "trainer.checks",

@@ -57,6 +57,8 @@ def test_the_defaults_are_the_papers_method() -> None:
         (dict(fragments=3, sync_interval=8), "fragments=3 does not divide sync_interval=8"),
         (dict(fragments=4, sync_interval=8, overlap="delayed"), "sync_interval / fragments = 2 inner steps"),
         (dict(compression="int2"), "compression='int2'"),
+        (dict(balance="false"), "balance='false': true or false is needed"),
+        (dict(balance=True, sync_seconds=3.0), "balance=True and sync_seconds=3.0"),
         (dict(units_in_flight=0), "units_in_flight=0: a whole number of at least 1"),
         (dict(sync_timeout_seconds=-5), "sync_timeout_seconds=-5"),
         (dict(sync_timeout_seconds=float("inf")), "sync_timeout_seconds=inf"),
@@ -80,6 +82,12 @@ def test_warmup_steps_is_readable_and_replaceable_under_both_names() -> None:
     assert dataclasses.replace(config, sync_interval=2).warmup_steps == 5
     assert dataclasses.replace(config, warmup_steps=7).warmup_steps == 7
     assert dataclasses.replace(config, edit_warmup_steps=8).warmup_steps == 8
+
+
+def test_off_in_yaml_is_off(tmp_path: Path) -> None:
+    (tmp_path / "edit.yaml").write_text("tune: off\nbalance: yes\n", encoding="utf-8")
+    config = EDiTConfig.load(tmp_path / "edit.yaml")
+    assert (config.tune, config.balance) == ("off", True)
 
 
 def test_presets() -> None:

@@ -151,6 +151,13 @@ class Hosts:
         """Changes the processor seconds per second of `host`; None: no limit. The hosts must have been given quotas."""
         self._groups[host].set(cores)
 
+    def set_rate(self, rate: str) -> None:
+        """Changes the limit of every host in each direction; the hosts must have been given one."""
+        for host, name in enumerate(self.names):
+            for namespace, device in ((name, "eth0"), (self.switch, f"p{host}")):
+                command("tc", "-n", namespace, "qdisc", "change", "dev", device, "root", "tbf", "rate", rate,
+                        "burst", "256kb", "limit", "8mb")  # fmt: skip
+
     def pause(self, host: int) -> None:
         """Stops every process of `host` where it is, until `resume`; its network stays up."""
         _signal_all_in(self.names[host], signal.SIGSTOP)

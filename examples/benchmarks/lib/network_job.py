@@ -19,6 +19,8 @@ OVERLAPS = {
     "a-edit-delayed": "delayed",
     "co2": "delayed",
     "streaming-diloco": "delayed",
+    "edit-auto": "delayed",
+    "edit-balance": "delayed",
     "edit-forward-int8": "forward",
     "edit-forward-int4": "forward",
     "edit-delayed-int8": "delayed",
@@ -27,8 +29,10 @@ OVERLAPS = {
 METHODS = ("hsdp", *OVERLAPS)  # what is compared with "never", the bound: no sync at all
 COMPRESSIONS = {name: name.rpartition("-")[2] for name in OVERLAPS if name.endswith(("-int8", "-int4"))}
 COMPRESSIONS["streaming-diloco"] = "int4"
+SETTLING_SYNCS = {"edit-auto": 6, "edit-balance": 5}  # until the settings, or the shares, have found themselves
 FRAGMENTS = {"streaming-diloco": 4}
 TIMED = ("a-edit", "a-edit-delayed")  # whose sync is triggered by time
+TUNED_FIGURES = ("sync_interval", "delay_steps", "bytes_per_parameter")  # of the settings in force, with tune
 SYNC_FIGURES = ("sync_seconds", "exposed_seconds", "wait_seconds", "sync_bytes")
 
 
@@ -102,7 +106,7 @@ def window(method: str, tau: int, delay_steps: int, least_steps: int) -> tuple[i
     >>> window("edit-delayed", tau=128, delay_steps=64, least_steps=20)
     (66, 128)
     """
-    first = max(8, phase_steps(method, delay_steps) + 2)
+    first = max(8, phase_steps(method, delay_steps) + 2) + SETTLING_SYNCS.get(method, 0) * tau
     if tau <= 32:
         first += tau
     return first, tau * -(-least_steps // tau)
@@ -115,6 +119,9 @@ def edit_settings(job: Job) -> dict[str, Any]:
         return {**settings, "sync_interval": NEVER}
     settings["overlap"] = OVERLAPS[job.method]
     settings["compression"] = COMPRESSIONS.get(job.method, "none")
+    if job.method == "edit-auto":
+        settings["tune"] = "auto"
+    settings["balance"] = job.method == "edit-balance"
     if job.units_in_flight is not None:
         settings["units_in_flight"] = job.units_in_flight
     if settings["overlap"] == "delayed":
@@ -161,4 +168,4 @@ def _mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _columns(syncs: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    return {name: [sync[name] for sync in syncs] for name in SYNC_FIGURES}
+    return {name: [sync[name] for sync in syncs] for name in (syncs[0] if syncs else SYNC_FIGURES)}

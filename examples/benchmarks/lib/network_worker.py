@@ -21,7 +21,7 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
 from lib.bench import RandomTokens, build_llama
-from lib.network_job import PRESETS, SYNC_FIGURES, TIMED, Job, combine, edit_settings
+from lib.network_job import PRESETS, SYNC_FIGURES, TIMED, TUNED_FIGURES, Job, combine, edit_settings
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_edit import EDiTConfig, EDiTTrainer
@@ -65,7 +65,8 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "edit/sync_seconds" in logs:
-            figures = {name: logs[f"edit/{name}"] for name in SYNC_FIGURES}
+            names = (*SYNC_FIGURES, *(name for name in TUNED_FIGURES if f"edit/{name}" in logs))
+            figures = {name: logs[f"edit/{name}"] for name in names}
             self.syncs.append((len(self.steps), self.now(), figures))
 
 
