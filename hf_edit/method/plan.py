@@ -136,4 +136,6 @@ class SyncRecord:
 
     @property
     def effective_replicas(self) -> float:
-        return float(effective_replicas(self.plan.weights).mean())
+        """Mean over the units that anybody had to tell of."""
+        told = ~self.plan.idle.expand(self.plan.norms.shape).all(dim=1)
+        return float(effective_replicas(self.plan.weights)[told].mean()) if bool(told.any()) else 0.0

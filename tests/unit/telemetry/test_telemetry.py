@@ -35,6 +35,7 @@ def record(norms: list[list[float]], anomalous: list[list[bool]], restarted: Any
             "training_seconds": torch.tensor([1.0, 2.0], dtype=torch.float64),
             **{f"before_{name}_seconds": torch.tensor([0.5, math.nan], dtype=torch.float64) for name in BEFORE},
         },
+        idle=torch.tensor([False, False]),
     )
     return SyncRecord(7, plan, [0, 1], ["embed", "block"], 2, 0.5, 0.2, 0.1, 1000, 3.0, 1.5, [1.0, 0.4])
 
