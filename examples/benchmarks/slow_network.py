@@ -262,7 +262,10 @@ def table(results: dict[str, Any]) -> str:
                 _link(cell), f"{cell['delay_milliseconds']:g} ms", cell["tau"] or "", label(cell),
                 f"{cell['tokens_per_second']:.0f}", share_text(cell["share"]),
                 f"{low:.3f} to {high:.3f} ({cell['pairs']})", "" if exposed is None else f"{exposed:.2f}",
-                f"{cell['bytes_per_token']:,.0f}", f"{cell['expected_share']:.3f}", f"{cell['expected_error']:+.3f}",
+                f"{cell['bytes_per_token']:,.0f}",
+                # The model does not know the settings that have found themselves.
+                *(["", ""] if cell["method"] == "edit-auto" else
+                  [f"{cell['expected_share']:.3f}", f"{cell['expected_error']:+.3f}"]),
             ]
         )  # fmt: skip
     heading = ["rate", "delay", "tau", "method", "tokens/s", "share of the bound", "pairs' range (number)",

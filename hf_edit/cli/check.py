@@ -160,6 +160,8 @@ def _check(arguments: argparse.Namespace, findings: Findings) -> list[str]:
         with findings.refusing(), torch.device("meta"):
             model = build_model(model_config(arguments.model))
             sizes = unit_sizes(model)
+    if model is not None and config.fragments > len(sizes):
+        findings.refusals.append(f"fragments={config.fragments}, but the model has {len(sizes)} units.")
     layout = find_layout(launch, config, model, findings)
     if layout is None:
         return []
