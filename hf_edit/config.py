@@ -215,10 +215,10 @@ class EDiTConfig:
                 )
             steps = self.sync_interval // parts
             if self.overlap == "delayed" and _is_int(self.delay_steps, at_least=steps + 1):
-                each = f"sync_interval={steps}" if parts == 1 else f"sync_interval / fragments = {steps}"
+                share = "" if parts == 1 else f" / fragments={parts} = {steps}"
                 raise ValueError(
-                    f"delay_steps={self.delay_steps}, but a sync begins every {each} inner steps: a delayed one must "
-                    f"be applied by then. Set delay_steps to at most {steps}."
+                    f"delay_steps={self.delay_steps}, but a sync begins every sync_interval={self.sync_interval}{share} "
+                    f"inner steps: a delayed one must be applied by then. Set delay_steps to at most {steps}."
                 )
             return
         if not _is_number(self.sync_seconds) or not 0 < self.sync_seconds < math.inf:

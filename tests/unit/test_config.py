@@ -55,7 +55,7 @@ def test_the_defaults_are_the_papers_method() -> None:
         (dict(delay_steps=0), "delay_steps=0"),
         (dict(fragments=0), "fragments=0"),
         (dict(fragments=3, sync_interval=8), "fragments=3 does not divide sync_interval=8"),
-        (dict(fragments=4, sync_interval=8, overlap="delayed"), "sync_interval / fragments = 2 inner steps"),
+        (dict(fragments=4, sync_interval=8, overlap="delayed"), "every sync_interval=8 / fragments=4 = 2 inner steps"),
         (dict(compression="int2"), "compression='int2'"),
         (dict(balance="false"), "balance='false': true or false is needed"),
         (dict(balance=True, sync_seconds=3.0), "balance=True and sync_seconds=3.0"),

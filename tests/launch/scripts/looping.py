@@ -144,6 +144,7 @@ def a_loop_keeps_codes_fragments_and_settings() -> dict[str, Any]:
     config = EDiTConfig(sync_interval=4, fragments=2, compression="int8", overlap="delayed", delay_steps=1, tune="auto")
     loop = Loop(config)
     with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
+        edit._engine.tuning._tuner.look = lambda measured, now: (now, "")  # what is measured differs from run to run
         loop.train(edit, batches=3)
         edit._engine.tuning._hold(Tuned(3, 2, "int4"))
         loop.train(edit, batches=6, skip=3)

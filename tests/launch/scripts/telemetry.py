@@ -231,9 +231,13 @@ def syncs_of_parts_and_settings_are_in_the_journal() -> dict[str, Any]:
     """With fragments the units of each sync; with tune what was in force, and why it changes."""
     forget_trainings()
 
+    def look(measured: Any, now: Tuned) -> tuple[Tuned, str]:  # what is measured differs from run to run
+        wanted = Tuned(2, 1, "int8")
+        return wanted, "" if now == wanted else "a sync as int8 is enough"
+
     class Told(EDiTTrainer):
         def _log_syncs(self) -> None:
-            self._engine.tuning._tuner.wanted = Tuned(2, 2, "int8")  # as if the user had set it
+            self._engine.tuning._tuner.look = look
             super()._log_syncs()
 
     settings = dict(overlap="delayed", delay_steps=2, fragments=2, tune="auto")
