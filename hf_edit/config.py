@@ -217,8 +217,8 @@ class EDiTConfig:
             if self.overlap == "delayed" and _is_int(self.delay_steps, at_least=steps + 1):
                 share = "" if parts == 1 else f" / fragments={parts} = {steps}"
                 raise ValueError(
-                    f"delay_steps={self.delay_steps}, but a sync begins every sync_interval={self.sync_interval}{share} "
-                    f"inner steps: a delayed one must be applied by then. Set delay_steps to at most {steps}."
+                    f"delay_steps={self.delay_steps}, but a sync begins every sync_interval={self.sync_interval}"
+                    f"{share} inner steps: a delayed one must be applied by then. Set delay_steps to at most {steps}."
                 )
             return
         if not _is_number(self.sync_seconds) or not 0 < self.sync_seconds < math.inf:
