@@ -24,7 +24,7 @@ import slow_network
 import stragglers
 from lib.bench import NUM_PARAMETERS, markdown_table, pair_range, ratio_of_medians, share_text
 from lib.cost_model import NUM_UNITS, bits_per_second
-from lib.network_job import OVERLAPS, TIMED
+from lib.network_job import COMPRESSIONS, OVERLAPS, SETTLING_SYNCS, TIMED
 from lib.results import RESULTS, read_results
 
 from hf_edit.cli.simulation import (
@@ -99,7 +99,9 @@ def counted_work() -> tuple[float, int]:
     for path in RESULTS.glob("slow_network*.jsonl"):
         for run in read_results(path)["runs"]:
             each = [[r.get("cpu_seconds_per_step") for r in run[kind]["replicas"]] for kind in ("figures", "never")]
-            if run["tau"] == 8 and None not in each[0] + each[1]:  # longer intervals hide it in the steps' own noise
+            if (
+                run["tau"] == 8 and run["method"] not in COMPRESSIONS and None not in each[0] + each[1]
+            ):  # longer intervals hide it in the steps' own noise
                 more = (sum(each[0]) - sum(each[1])) / len(each[0])
                 found.append(run["tau"] * more / (4 * NUM_PARAMETERS))
     return statistics.median(found), len(found)
@@ -115,6 +117,8 @@ def median(outcomes: list[Outcome]) -> Outcome:
 def slow_network_cells(path: Path) -> Iterator[Cell]:
     results = read_results(path)
     for found in slow_network.summary(results):
+        if found["method"] in SETTLING_SYNCS:  # whose settings find themselves
+            continue
         runs = [run for run in results["runs"] if all(run.get(name) == found[name] for name in slow_network.CELL)]
         delay = found["delay_milliseconds"]
         of_runs = [
@@ -142,6 +146,7 @@ def slow_network_settings(run: dict[str, Any]) -> Settings | None:
         sync_seconds=run["sync_seconds"],
         overlap=OVERLAPS[run["method"]],
         delay_steps=run["delay_steps"] or 1,
+        compression=COMPRESSIONS.get(run["method"], "none"),
         units_in_flight=run.get("units_in_flight") or Settings.units_in_flight,
     )
 
@@ -150,6 +155,8 @@ def straggler_cells(path: Path) -> Iterator[Cell]:
     results = read_results(path)
     asked = results["settings"]
     for found in stragglers.summary(results):
+        if found["method"] in SETTLING_SYNCS:
+            continue
         alone = found["alone_inner_steps_per_second"]
         mean_speed = statistics.mean(alone)
         spread = stall_spread(1 / mean_speed, asked) if found["scenario"] == "stalls" else 0.0
