@@ -184,7 +184,9 @@ class EDiTConfig:
             if value not in choices and not (name == "outer_optimizer" and callable(value)):
                 also = ", or a callable params -> torch.optim.Optimizer" if name == "outer_optimizer" else ""
                 raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, choices))}{also} is needed.")
+        self._check_companions()
 
+    def _check_companions(self) -> None:
         for name in ("balance", "offload_outer_state"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: true or false is needed.")

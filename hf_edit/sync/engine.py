@@ -78,16 +78,7 @@ class Engine:
         self.sync = OuterSync(self.units, peers, peers.inside, config, optimizer, clock)
         self.tallies: dict[str, Any] = dict.fromkeys(TALLIES, 0.0)
         self.tuning = Tuning(config, parts, self.schedule, self.sync)
-        self._way = self._under_way = self._blocking = Blocking(self.sync)
-        if self._delay_steps:
-            self._way = Delayed(self.sync, runner)
-            if self.sync.device.type == "cuda":
-                # A replica that is at a sync of all may meet others there that begin a delayed one: through the same
-                # process group, that of host memory.
-                self._under_way = self._blocking = Delayed(self.sync, at_once)
-        elif config.overlap == "forward" and not is_compiled(model):
-            # Hooks that come and go would have a compiled model traced anew for every sync.
-            self._way = Forward(self.sync)
+        self._choose_ways(runner)
         self._last_step = last_step
         self._first_step = first_step
         self._clock = clock
@@ -101,6 +92,19 @@ class Engine:
             start_averaging_gradients(model, peers.average)
         else:
             self._end_warmup()
+
+    def _choose_ways(self, runner: Runner[bool]) -> None:
+        """How a sync that is due is carried out, and one that makes all equal at once."""
+        self._way = self._under_way = self._blocking = Blocking(self.sync)
+        if self._delay_steps:
+            self._way = Delayed(self.sync, runner)
+            if self.sync.device.type == "cuda":
+                # A replica that is at a sync of all may meet others there that begin a delayed one: through the same
+                # process group, that of host memory.
+                self._under_way = self._blocking = Delayed(self.sync, at_once)
+        elif self.config.overlap == "forward" and not is_compiled(self._model):
+            # Hooks that come and go would have a compiled model traced anew for every sync.
+            self._way = Forward(self.sync)
 
     def _end_warmup(self) -> None:
         keep_gradients_local(self._model)

@@ -149,14 +149,9 @@ class TrainerBalance(_TrainerToBe):
         if shares is None:
             return
         self._plan.append(((self._position.epoch, self._position.num_batches + self._ahead), shares))
-        if self.is_world_process_zero():
-            self._say_shares(shares)
-
-    def _say_shares(self, shares: list[int]) -> None:
+        (epoch, number), _ = self._plan[-1]
         rows = ", ".join(map(str, shares))
-        self._say_once(
-            f"from batch {self._plan[-1][0][1]} of epoch {self._plan[-1][0][0]} on, replicas take {rows} rows."
-        )
+        self._say_once(f"from batch {number} of epoch {epoch} on, replicas take {rows} rows.")
 
     def _balance_state(self) -> dict[str, Any] | None:
         """For a checkpoint."""

@@ -86,21 +86,29 @@ def test_advice_changes_nothing_and_is_said_once() -> None:
         assert notes[0].startswith("advised: a step takes 1 s and a sync as int8 10.2 s of the network")
 
 
+AUTO = dict(overlap="delayed", delay_steps=1, sync_interval=2, tune="auto", weighting="uniform")
+
+
+def saved_with_other_settings(folder: Path) -> Trained:
+    """Of step 12, for five of which it had the configuration's."""
+    one = Trained(2, "adam", **AUTO)
+    one.train(0, 5)
+    one.engine.flush()
+    one.engine.tuning._hold(Tuned(3, 2, "int4"))
+    one.train(5, 12)
+    one.engine.flush()
+    one.save(folder, step=12)
+    return one
+
+
 def test_it_goes_on_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With codes that the configuration does not name, and so with residuals."""
 
     def body(rank: int) -> Any:
         # A clock that stands still gives nothing to be tuned by.
         monkeypatch.setattr(Trained, "clock", staticmethod(lambda: 0.0))
-        settings = dict(overlap="delayed", delay_steps=1, sync_interval=2, tune="auto", weighting="uniform")
-        one = Trained(2, "adam", **settings)
-        one.train(0, 5)
-        one.engine.flush()
-        one.engine.tuning._hold(Tuned(3, 2, "int4"))
-        one.train(5, 12)
-        one.engine.flush()
-        one.save(tmp_path / "saved", step=12)
-        other = Trained(2, "adam", **settings)
+        one = saved_with_other_settings(tmp_path / "saved")
+        other = Trained(2, "adam", **AUTO)
         other.load(tmp_path / "saved")
         assert other.engine.tuning.settings == one.engine.tuning.settings
         assert other.engine.schedule.sync_interval == one.engine.schedule.sync_interval
@@ -117,15 +125,8 @@ def test_it_goes_on_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("changed", [dict(tune="advise"), dict(sync_interval=4), dict(compression="bf16")])
 def test_a_run_that_is_set_otherwise_begins_with_its_own_settings(changed: dict[str, Any], tmp_path: Path) -> None:
     def body(rank: int) -> Any:
-        settings = dict(overlap="delayed", delay_steps=1, sync_interval=2, tune="auto", weighting="uniform")
-        one = Trained(2, "adam", **settings)
-        one.train(0, 5)
-        one.engine.flush()
-        one.engine.tuning._hold(Tuned(3, 2, "int4"))
-        one.train(5, 9)
-        one.engine.flush()
-        one.save(tmp_path / "saved", step=9)
-        other = Trained(2, "adam", **{**settings, **changed})
+        saved_with_other_settings(tmp_path / "saved")
+        other = Trained(2, "adam", **{**AUTO, **changed})
         other.load(tmp_path / "saved")
         tuning = other.engine.tuning
         return tuning.settings == tuning._tuner.wanted, tuning._tuner.history
