@@ -37,7 +37,7 @@ from common import (
 )
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainingArguments, default_data_collator
 
-from hf_edit import EDiTConfig, EDiTTrainer
+from hf_edit import EDiTConfig, EDiTTrainer, muon
 
 
 @dataclass
@@ -55,6 +55,7 @@ class ScriptArguments(TextArguments):
     hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
     num_layers: int = field(default=4, metadata={"help": "Transformer blocks."})
     num_heads: int = field(default=4, metadata={"help": "Attention heads."})
+    muon: bool = field(default=False, metadata={"help": "Muon for the blocks' matrices, AdamW for the rest."})
 
 
 # What differs from TrainingArguments' and EDiTConfig's own defaults: a run of minutes on two CPU cores.
@@ -104,6 +105,7 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=perplexity_of_blocks,
         preprocess_logits_for_metrics=block_losses,
+        optimizer_cls_and_kwargs=muon(args) if script.muon else None,
         edit_config=edit_config,
     )
     trainer.train(resume_from(args))

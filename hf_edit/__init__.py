@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_edit.config import EDiTConfig as EDiTConfig
+    from hf_edit.optim.muon import MuonAdamW as MuonAdamW
+    from hf_edit.optim.muon import muon as muon
     from hf_edit.telemetry.logs import EDiTStats as EDiTStats
     from hf_edit.trainer.loop import EDiT as EDiT
     from hf_edit.trainer.trainer import EDiTMixin as EDiTMixin
     from hf_edit.trainer.trainer import EDiTTrainer as EDiTTrainer
 
 __version__ = "0.1.0"
-__all__ = ["EDiT", "EDiTConfig", "EDiTMixin", "EDiTStats", "EDiTTrainer"]
+__all__ = ["EDiT", "EDiTConfig", "EDiTMixin", "EDiTStats", "EDiTTrainer", "MuonAdamW", "muon"]
 
 _HOMES = {
     "EDiT": "hf_edit.trainer.loop",
@@ -23,6 +25,8 @@ _HOMES = {
     "EDiTMixin": "hf_edit.trainer.trainer",
     "EDiTStats": "hf_edit.telemetry.logs",
     "EDiTTrainer": "hf_edit.trainer.trainer",
+    "MuonAdamW": "hf_edit.optim.muon",
+    "muon": "hf_edit.optim.muon",
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_edit.peers.faults import Arrivals, Pending, leave_cleanly_at_exit, run, start
 from hf_edit.peers.layout import Layout, ring_bytes
-from hf_edit.peers.replica import Replica, own_group, with_host
+from hf_edit.peers.replica import Replica, gather_object, own_group, with_host
 
 # A long pipe is filled by several all-reduces at a time (gloo runs two), so a large tensor goes in pieces of this size.
 PIECE_BYTES = 8 << 20
@@ -180,9 +180,7 @@ class ProcessGroupPeers:
             run(dist.all_reduce, tensor, group=self.sync_group)
 
     def gather_object(self, value: Any) -> list[Any]:
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, value)
-        return everyone
+        return gather_object(value, dist.get_world_size(), dist.group.WORLD)
 
     def barrier(self) -> None:
         dist.barrier()

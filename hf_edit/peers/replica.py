@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import timedelta
 from typing import Any
 
@@ -77,9 +78,18 @@ def gather_object(value: Any, size: int, group: Any) -> list[Any]:
     """`value` of every rank of `group`, of `size` ranks, in their order."""
     if size == 1:
         return [value]
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, value, group=group)
-    return everyone
+    if not takes_host_tensors(group):
+        everyone: list[Any] = [None] * size
+        dist.all_gather_object(everyone, value, group=group)
+        return everyone
+    # As torch's all_gather_object, but with collectives that gloo's threads are not the last to hold (see `start`).
+    own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    lengths = [torch.empty(1, dtype=torch.int64) for _ in range(size)]
+    run(dist.all_gather, lengths, torch.tensor([len(own)]), group=group)
+    longest = max(int(length) for length in lengths)
+    rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(size)]
+    run(dist.all_gather, rows, torch.nn.functional.pad(own, (0, longest - len(own))), group=group)
+    return [pickle.loads(row.numpy().tobytes()) for row in rows]
 
 
 def own_group(all_ranks: list[list[int]], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
@@ -90,8 +100,12 @@ def own_group(all_ranks: list[list[int]], timeout: timedelta, backend: str | Non
     return mine
 
 
+def takes_host_tensors(group: Any) -> bool:
+    return "cpu:" in dist.get_backend_config(group)
+
+
 def with_host(group: dist.ProcessGroup, all_ranks: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
     """`group` if it takes tensors in host memory, else one beside it that does."""
-    if "cpu:" in dist.get_backend_config(group):
+    if takes_host_tensors(group):
         return group
     return own_group(all_ranks, timeout, backend="gloo")

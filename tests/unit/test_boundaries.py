@@ -19,7 +19,8 @@ ORDER = [
         f"method.{name}"
         for name in ("penalty", "plan", "outer", "compression", "tuning", "balance", "schedule", "conductor", "spikes")
     ),
-    *(f"peers.{name}" for name in ("layout", "faults", "replica", "group")),
+    *(f"peers.{name}" for name in ("layout", "faults", "replica", "group", "matrices")),
+    "optim.muon",
     *(
         f"sync.{name}"
         for name in ("units", "measure", "equality", "reduction", "fragments", "running", "unit_values", "unit_sync")
@@ -47,7 +48,7 @@ ORDER = [
     "__init__",
 ]
 # Floors that only those above may use; who stands on which.
-FLOORS = ["method", "peers", "sync", "checkpoint", "telemetry", "trainer", "cli"]
+FLOORS = ["method", "peers", "optim", "sync", "checkpoint", "telemetry", "trainer", "cli"]
 # Libraries that only these files may import; a folder's name stands for all in it.
 KEPT_TO: dict[str, set[str]] = {
     "accelerate": {"trainer", "cli.launch", "cli.findings"},

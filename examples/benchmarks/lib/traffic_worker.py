@@ -18,7 +18,7 @@ import torch
 from lib.hosts import sent_from_here
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from hf_edit import EDiTTrainer
+from hf_edit import EDiTTrainer, muon
 
 SIZES = dict(vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
 
@@ -63,8 +63,9 @@ def main() -> None:
     config = {"num_replicas": 2, **settings}
     count = Count()
     trainer = EDiTTrainer(
-        model=model, args=args, train_dataset=rows, eval_dataset=rows[:8], edit_config=config, callbacks=[count]
-    )
+        model=model, args=args, train_dataset=rows, eval_dataset=rows[:8], edit_config=config, callbacks=[count],
+        optimizer_cls_and_kwargs=muon(args) if busy else None,
+    )  # fmt: skip
     trainer.train()
     if trainer.is_local_process_zero():
         report = {

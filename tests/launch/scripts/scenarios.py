@@ -104,9 +104,14 @@ def parameters(trainer: Any) -> dict[str, Tensor]:
 
 
 def expected(
-    layout: Any, steps: int, ragged: bool = False, accumulation: int = 1, sgd: bool = False, **settings: Any
-) -> dict[str, Tensor]:
-    """What the independent simulation ends with on the Trainer's data."""
+    layout: Any, steps: int, ragged: bool = False, accumulation: int = 1, sgd: bool = False, make_optimizer: Any = None,
+    **settings: Any,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What the independent simulation ends with on the Trainer's data.
+
+    Args:
+        make_optimizer: of a list of parameters, in the model's order; None: SGD or AdamW.
+    """
     rows, world = make_rows(ragged=ragged), layout.num_replicas * layout.replica_size
 
     def losses(net: nn.Module, step: int, ranks: list[int]) -> Tensor:
@@ -127,8 +132,8 @@ def expected(
         return torch.optim.SGD(params, lr=0.5) if sgd else torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
 
     return simulate(
-        make_model, unit, losses, optimizer, num_replicas=layout.num_replicas, replica_size=layout.replica_size,
-        steps=steps, **settings,
+        make_model, unit, losses, make_optimizer or optimizer, num_replicas=layout.num_replicas,
+        replica_size=layout.replica_size, steps=steps, **settings,
     )  # fmt: skip
 
 

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from hf_edit.peers import faults
+from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout
 from hf_edit.peers.replica import Replica
+from tests.dist.threads import run_ranks
 
 
 class Work:
@@ -99,3 +101,18 @@ def test_a_replica_of_one_rank_says_nothing(begun: list[Work]) -> None:
     replica.broadcast(tensor)
     assert replica.lead(True)
     assert begun == []
+
+
+def test_objects_travel_in_collectives_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_kept(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch's own drops its works at once")
+
+    monkeypatch.setattr(dist, "all_gather_object", not_kept)
+    values = [{"one": 1}, ["a much longer value"] * 100, None]
+
+    def body(rank: int) -> None:
+        peers = ProcessGroupPeers(Layout.split(3, 1, rank), 30.0)
+        assert peers.gather_object(values[rank]) == values
+        assert peers.inside.gather_object(values[rank]) == values
+
+    run_ranks(3, body)
