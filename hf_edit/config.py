@@ -57,6 +57,11 @@ class EDiTConfig:
         "one per process without FSDP, one in all with FSDP.",
     )
     sync_interval: int = _knob(128, "Inner steps between two outer syncs (tau).")
+    sync_interval_end: int | None = _knob(
+        None,
+        "tau at the end of the training (EDiTTrainer), to which it goes in a straight line over the steps. Unset: "
+        "sync_interval all the time.",
+    )
     sync_seconds: float | None = _knob(
         None, "Seconds that replicas train between two outer syncs (A-EDiT); takes the place of sync_interval."
     )
@@ -94,6 +99,17 @@ class EDiTConfig:
     max_pseudo_grad_norm: float | None = _knob(
         10.0, "Norm to which a unit's averaged pseudo-gradient is clipped (phi). None or inf: no clipping."
     )
+    averaging: Literal["mean", "length"] = _knob(
+        "mean",
+        'How pseudo-gradients are averaged: "mean", or "length" (direction of the mean, length of the mean of their '
+        "lengths, by unit: replicas that point different ways shorten the mean).",
+    )
+    sync_moments: Literal["none", "first", "both"] = _knob(
+        "none",
+        "What of the inner optimizer (Adam, AdamW, SGD, Muon) is averaged at a sync, too, by the same weights: its "
+        '"first" moments (a sync sends twice as much, fp32), "both" (three times), or "none".',
+    )
+    sync_moments_every: int = _knob(1, "Average these moments at every so many syncs of a unit.")
     overlap: Literal["none", "forward", "delayed"] = _knob(
         "forward",
         'What hides a sync: "none" (blocks), "forward" (layer by layer in the next forward pass), "delayed" (in the '
@@ -159,6 +175,7 @@ class EDiTConfig:
             "delay_steps",
             "fragments",
             "units_in_flight",
+            "sync_moments_every",
         ):
             value = getattr(self, name)
             if value is not None and not _is_int(value, at_least=1):
@@ -208,6 +225,8 @@ class EDiTConfig:
                 f"sync_interval={self.sync_interval!r}: replicas need a whole number of at least 1 inner steps between "
                 "syncs. Give sync_interval=1 to sync after every step."
             )
+        if self.sync_interval_end is not None:
+            self._check_interval_end(self.sync_interval_end)
         if self.sync_seconds is None:
             parts = self.fragments if _is_int(self.fragments, at_least=1) else 1
             if self.sync_interval % parts:
@@ -229,6 +248,19 @@ class EDiTConfig:
             raise ValueError(
                 f"sync_interval={self.sync_interval} and sync_seconds={self.sync_seconds} are both set, but a sync has "
                 "one trigger. Leave out sync_seconds to sync by steps, or sync_interval to sync by time (A-EDiT)."
+            )
+
+    def _check_interval_end(self, end: int) -> None:
+        least = self.delay_steps * self.fragments if self.overlap == "delayed" else self.fragments
+        if not _is_int(end, at_least=1) or end < least:
+            raise ValueError(
+                f"sync_interval_end={end!r}: a whole number of at least {least} is needed (fragments, times delay_steps"
+                " of delayed syncs)."
+            )
+        if self.sync_seconds is not None or self.tune == "auto":
+            raise ValueError(
+                f"sync_interval_end={end} with sync_seconds={self.sync_seconds}, tune={self.tune!r}: the interval has "
+                "one master. Leave the others out."
             )
 
     @classmethod
@@ -307,6 +339,8 @@ EDiTConfig.__init__ = _accept_warmup_steps(EDiTConfig.__init__)  # type: ignore[
 _CHOICES = {
     "outer_optimizer": ("nesterov", "sgd", "none"),
     "weighting": ("norm", "relative", "uniform", "steps"),
+    "averaging": ("mean", "length"),
+    "sync_moments": ("none", "first", "both"),
     "overlap": ("none", "forward", "delayed"),
     "compression": ("none", "bf16", "int8", "int4"),
     "tune": ("off", "advise", "auto"),

@@ -190,12 +190,14 @@ def load_counters(engine: Engine, counters: dict[str, Any]) -> None:
     engine.sync.sync_count, engine.sync.whole = int(counters["sync_count"]), bool(counters["whole"])
     engine.fragments.steps = list(counters["fragment_steps"])
     engine.progress.confirmed = counters["progress"]
+    engine.set_interval()
 
 
 def load_rank(engine: Engine, state: dict[str, Any]) -> None:
     """This rank's counts at the time of the checkpoint, as `save` has put them into `host["rank"]`."""
     engine.tallies.update(state["tallies"])
     engine.progress = GlobalProgress(**state["progress"])
+    engine.set_interval()
 
 
 # -- names -------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from hf_edit.cli.sizes import (
     keeps_momentum,
     memory_bytes,
     model_config,
+    moments,
     show_bytes,
     show_count,
     show_rate,
@@ -46,7 +47,8 @@ SHOWN_REPLICAS = 4
 
 def costs(config: EDiTConfig, layout: Layout, on_cpu: bool, sizes: Sequence[int], findings: Findings) -> list[str]:
     """Lines on bytes and memory; warns if they do not fit a time limit."""
-    num_bytes = round(bytes_per_element(config.compression) * sum(sizes)) // layout.replica_size
+    per_number = bytes_per_element(config.compression) + 4 * moments(config)
+    num_bytes = round(per_number * sum(sizes)) // layout.replica_size
     rank_bytes = ring_bytes(num_bytes, layout.num_replicas)
     replica_bytes = rank_bytes * layout.replica_size
     memory = {name: show_bytes(size) for name, size in memory_bytes(config, sizes, layout.replica_size).items()}
@@ -55,8 +57,10 @@ def costs(config: EDiTConfig, layout: Layout, on_cpu: bool, sizes: Sequence[int]
         kept += f", and what {config.compression} leaves out"
     where = "" if on_cpu else " in host memory" if config.offload_outer_state else " on the device"
     host = f" and {memory['host']}{'' if on_cpu else ' in host memory'}" if config.overlap == "delayed" else ""
+    every = config.sync_moments_every
+    which = f"; with moments, at one in {every}" if moments(config) and every > 1 else ""
     lines = [
-        f"sent a sync  {show_bytes(rank_bytes)} a rank, {show_bytes(replica_bytes)} a replica; as much comes in",
+        f"sent a sync  {show_bytes(rank_bytes)} a rank, {show_bytes(replica_bytes)} a replica; as much comes in{which}",
         f"memory       {memory['state']} a rank{where} for {kept}",
         f"  in a sync  {memory['buffers']} more{'' if on_cpu else ' on the device'}{host}",
     ]

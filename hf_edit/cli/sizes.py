@@ -57,6 +57,11 @@ def keeps_momentum(config: EDiTConfig) -> bool:
     return config.outer_optimizer != "none" and config.outer_momentum > 0
 
 
+def moments(config: EDiTConfig) -> int:
+    """Moments of the inner optimizer that a sync averages, too; fp32, whatever the codes."""
+    return {"none": 0, "first": 1, "both": 2}[config.sync_moments]
+
+
 def memory_bytes(config: EDiTConfig, sizes: Sequence[int], num_ranks: int) -> dict[str, float]:
     """What EDiT holds on a rank beside the training's own: its state always, buffers during a sync.
 
@@ -69,10 +74,11 @@ def memory_bytes(config: EDiTConfig, sizes: Sequence[int], num_ranks: int) -> di
     at_a_time = config.units_in_flight + coded
     flying = 4 * max(sum(sizes[i : i + at_a_time]) for i in range(len(sizes))) / num_ranks
     kept = 1 + keeps_momentum(config)
-    buffers = {"none": whole * (1 + coded), "forward": flying * (1 + coded), "delayed": 2 * largest}[config.overlap]
+    more = coded + moments(config)
+    buffers = {"none": whole * (1 + more), "forward": flying * (1 + more), "delayed": 2 * largest}[config.overlap]
     if config.offload_outer_state:  # comes to the device for a unit's step
         buffers += kept * largest
-    state, host = kept * whole, (2 + 2 * coded) * whole if config.overlap == "delayed" else 0.0
+    state, host = kept * whole, (2 + 2 * more) * whole if config.overlap == "delayed" else 0.0
     if coded and config.overlap != "delayed":
         state += whole
     return {"state": state, "buffers": buffers, "host": host}

@@ -175,6 +175,15 @@ def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+def kept_length(norms: Tensor, weights: Tensor) -> Tensor:
+    """How long a unit's average would be if its members all pointed the same way: the mean of their norms; [R] each.
+
+    >>> kept_length(torch.tensor([3.0, 5.0, torch.inf]), torch.tensor([0.5, 0.5, 0.0]))
+    tensor(4.)
+    """
+    return (norms.where(weights > 0, 0.0) * weights).sum()
+
+
 def pseudo_gradient(anchor: Tensor, param: Tensor, out: Tensor) -> Tensor:
     """The anchor as the replica was given it, rounded to the parameter's dtype, minus the parameter; all of one shape.
 

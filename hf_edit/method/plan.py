@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -111,9 +112,16 @@ class SyncRecord:
     sync_bytes: int
     interval_seconds: float
     pseudo_grad_norm: float
+    pseudo_grad_cosines: list[float]  # of each unit's average with its last one; NaN where there was none
     clip_factors: list[float]  # of each unit, 1 where nothing was clipped
     settings: dict[str, float] = field(default_factory=dict)  # that find themselves: as they were in this sync
     note: str = ""  # why others hold from the next sync on
+
+    @property
+    def pseudo_grad_cosine(self) -> float:
+        """Mean over the units that have one; NaN if none has."""
+        known = [cosine for cosine in self.pseudo_grad_cosines if not math.isnan(cosine)]
+        return sum(known) / len(known) if known else math.nan
 
     @property
     def clipped_units(self) -> int:

@@ -74,6 +74,20 @@ class SyncSchedule:
         self._timed_from = self.clock()
 
 
+def interval_at(progress: float, first: int, last: int, begin: int, end: int) -> int:
+    """Inner steps between syncs where the training is, on a straight line between two.
+
+    Args:
+        progress: global steps taken.
+        first, last: at these steps the interval is `begin`, `end`.
+
+    >>> [interval_at(step, 100, 1100, 32, 8) for step in (100, 600, 1100, 2000)]
+    [32, 20, 8, 8]
+    """
+    share = min(1.0, max(0.0, (progress - first) / max(1, last - first)))
+    return max(1, round(begin + (end - begin) * share))
+
+
 def fragments(sizes: Sequence[int], count: int) -> list[list[int]]:
     """Units of `sizes` in `count` parts of about the same size: the largest first, each to the part that has least.
 

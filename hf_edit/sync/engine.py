@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import REQUESTS
-from hf_edit.method.schedule import GlobalProgress, SyncSchedule
+from hf_edit.method.schedule import GlobalProgress, SyncSchedule, interval_at
 from hf_edit.peers.group import Peers
 from hf_edit.sync.equality import Buffers, check_agreement, make_replicas_equal
 from hf_edit.sync.fragments import Fragments
@@ -79,7 +79,12 @@ class Engine:
         self.tallies: dict[str, Any] = dict.fromkeys(TALLIES, 0.0)
         self.tuning = Tuning(config, parts, self.schedule, self.sync)
         self._choose_ways(runner)
+        if config.sync_interval_end is not None and last_step is None:
+            raise ValueError(
+                "sync_interval_end: this training does not know how long it is. Leave it out, or use EDiTTrainer."
+            )
         self._last_step = last_step
+        self.set_interval()
         self._first_step = first_step
         self._clock = clock
         self._started_at = clock()
@@ -127,6 +132,13 @@ class Engine:
             if isinstance(amount, Tensor):
                 amount = amount.double()  # a loss can be bf16, which would add up in bf16
             self.tallies[name] = self.tallies[name] + amount
+
+    def set_interval(self) -> None:
+        """Where it changes on the way, from what all replicas have confirmed alone, so that they have the same."""
+        end, parts = self.config.sync_interval_end, len(self.fragments)
+        if end is not None and self._last_step is not None:
+            line = self.config.warmup_steps, self._last_step, self.config.sync_interval, end
+            self.schedule.sync_interval = max(1, interval_at(self.progress.confirmed, *line) // parts)
 
     @property
     def _delay_steps(self) -> int:
@@ -297,7 +309,7 @@ class Engine:
             members = self.sync.members
             assert self.sync.running is not None
             self.tuning.look(self.sync.running, plan.tallies)
-            committed = self._under_way.carry_out(went_on=self.schedule.interval_steps > 0)
+            committed = self._under_way.carry_out(self.schedule.interval_steps)
         except RuntimeError:
             self._take_back()
             raise
@@ -307,6 +319,7 @@ class Engine:
         self.tuning.carried_out()
         shared = plan.tallies
         self.progress.confirm([round(steps) for steps in shared["interval_steps"].tolist()], self._delay_steps)
+        self.set_interval()
         self._restart_timer()
         if float(shared["buffers"].sum()) > 0:
             self._buffers.follow(plan.sound_replica)

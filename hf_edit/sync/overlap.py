@@ -53,19 +53,19 @@ class Blocking:
             run.wait_seconds += self._sync.clock() - waited_from
         return plan
 
-    def carry_out(self, went_on: bool = False) -> bool:
+    def carry_out(self, steps: int = 0) -> bool:
         """After `decide`: carries the sync out, or sees to it that it will be. False: the replicas did not all agree
         to it, and it is forgotten.
 
         Args:
-            went_on: the parameters have changed since `begin`, and keep what they have learnt.
+            steps: that the replica has taken since `begin`; it keeps what it has learnt in them.
         """
         run = self._running()
         with self._sync.exposed:
             if not self._reduce(run):
                 self._sync.forget()
                 return False
-            self._apply(run, went_on)
+            self._apply(run, steps)
         return True
 
     def finish(self) -> None:
@@ -86,7 +86,7 @@ class Blocking:
     def _reduce(self, run: Running) -> bool:
         return self._sync.reduce(run)
 
-    def _apply(self, run: Running, went_on: bool) -> None:
+    def _apply(self, run: Running, steps: int) -> None:
         self._sync.apply(run, len(run.units))
 
 
@@ -116,7 +116,7 @@ class Forward(Blocking):
         self._sync.launch(run, self._sync.config.units_in_flight)
         return self._sync.peers.commit(run.number)
 
-    def _apply(self, run: Running, went_on: bool) -> None:
+    def _apply(self, run: Running, steps: int) -> None:
         for place, index in enumerate(run.units):
             for module in self._sync.units[index].modules:
                 hook = partial(self._before_forward, place)
@@ -203,8 +203,8 @@ class Delayed(Blocking):
         assert committed is not None
         return committed()
 
-    def _apply(self, run: Running, went_on: bool) -> None:
-        self._sync.apply(run, len(run.units), went_on)
+    def _apply(self, run: Running, steps: int) -> None:
+        self._sync.apply(run, len(run.units), steps)
 
 
 class _Outcome(Generic[T]):

@@ -34,9 +34,15 @@ class Running:
     flying: dict[int, Sum] = field(default_factory=dict)  # sums whose outcome has not been kept yet
     averages: dict[int, Tensor] = field(default_factory=dict)  # reduced, and yet to be applied
     applied: int = 0  # units that took the anchor; always in the units' order
-    square_norms: dict[int, Tensor] = field(default_factory=dict)  # of the averages, this rank's part
-    factors: dict[int, Tensor] = field(default_factory=dict)  # by which the averages are clipped
-    replica_squares: list[Tensor] = field(default_factory=list)  # of the averages, over the replica; [] each
+    moments: list[Tensor | None] = field(default_factory=list)  # of a delayed sync, in host memory, where they are due
+    moments_flying: dict[int, Sum] = field(default_factory=dict)
+    mean_moments: dict[int, Tensor] = field(default_factory=dict)
+    samples: dict[int, Tensor] = field(default_factory=dict)  # of the averages, to compare later ones with
+    # Of an average [4]: its square norm; of the samples of it and of the one before the product and the square norms.
+    measured: dict[int, Tensor] = field(default_factory=dict)  # this rank's part
+    lengths: dict[int, Tensor] = field(default_factory=dict)  # over the replica
+    factors: dict[int, Tensor] = field(default_factory=dict)  # by which the averages are multiplied
+    clips: dict[int, Tensor] = field(default_factory=dict)  # what of that clips them
     wait_seconds: float = 0.0  # that the training waited for the other replicas
     settings: dict[str, float] = field(default_factory=dict)  # of SyncRecord, as is `note`
     note: str = ""
@@ -54,12 +60,16 @@ class Running:
     ) -> Callable[[], SyncRecord]:  # fmt: skip
         """What makes the record of this sync, which ended at `now`; on CUDA the call waits for a copy to the host."""
         one = torch.ones((), dtype=torch.float64, device=device)
-        squares = torch.stack([0 * one, *self.replica_squares]).sum()
-        factors = [self.factors[place].double() if place in self.factors else one for place in range(len(self.units))]
-        outcome = HostCopy(torch.stack([squares, *factors]))
+        places = range(len(self.units))
+        none = torch.zeros(4, dtype=torch.float64, device=device)
+        lengths = torch.stack([self.lengths.get(place, none) for place in places])
+        clips = torch.stack([self.clips[place].double() if place in self.clips else one for place in places])
+        outcome = HostCopy(torch.cat([lengths.flatten(), clips]))
 
         def record() -> SyncRecord:
-            square_norm, *clip_factors = outcome.read()
+            found = torch.tensor(outcome.read(), dtype=torch.float64)
+            squares, products, own, before = found[: 4 * len(places)].view(-1, 4).unbind(1)
+            cosines = products / (own * before).sqrt()  # NaN where there was no average, or none before
             return SyncRecord(
                 sync=self.number,
                 plan=self.decided,
@@ -71,8 +81,9 @@ class Running:
                 wait_seconds=self.wait_seconds,
                 sync_bytes=sync_bytes,
                 interval_seconds=interval_seconds,
-                pseudo_grad_norm=square_norm**0.5,
-                clip_factors=clip_factors,
+                pseudo_grad_norm=float(squares.sum().sqrt()),
+                pseudo_grad_cosines=cosines.tolist(),
+                clip_factors=found[4 * len(places) :].tolist(),
                 settings=self.settings,
                 note=self.note,
             )

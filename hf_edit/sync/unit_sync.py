@@ -20,12 +20,14 @@ import hf_edit.sync.unit_values as unit_values
 from hf_edit.config import EDiTConfig
 from hf_edit.method.compression import CODECS
 from hf_edit.method.outer import OuterState, outer_rule
-from hf_edit.method.penalty import DetectorState, clip_factor, square_norm
+from hf_edit.method.penalty import DetectorState, square_norm
 from hf_edit.method.plan import SyncPlan, SyncRecord, make_plan
 from hf_edit.peers.group import Conversation
 from hf_edit.peers.replica import Replica
 from hf_edit.sync.fragments import Part
+from hf_edit.sync.lengths import Lengths
 from hf_edit.sync.measure import Interval, Scratch, Stopwatch, phase
+from hf_edit.sync.moments import Moments
 from hf_edit.sync.reduction import Reduction
 from hf_edit.sync.running import Running
 from hf_edit.sync.units import Unit
@@ -75,6 +77,10 @@ class OuterSync:
         self._optimizer = optimizer
         self.clock = clock
         self._scratch = Scratch(self.device)
+        self._lengths = Lengths(config, replica, self.device)
+        self._moments = None
+        if config.sync_moments != "none" and optimizer is not None:
+            self._moments = Moments(self.units, optimizer, config.sync_moments)
         self._last_end = clock()
         self.interval = Interval(clock())
         self._finished: list[Callable[[], SyncRecord]] = []
@@ -136,7 +142,7 @@ class OuterSync:
         number, begun_at, bytes_before = self.sync_count + 1, self.clock(), self.peers.bytes_sent
         members = [] if in_host else self.peers.begin(number)
         part = part or Part(list(range(len(self.units))))
-        deltas, norms = [], []
+        deltas, moments, norms = [], [], []
         reuses = in_host and self.device.type == "cpu"
         for index in part.indices:
             new_like = self._scratch.take if reuses else torch.empty_like
@@ -144,14 +150,16 @@ class OuterSync:
             norms.append(square_norm(delta))
             if in_host:
                 deltas.append(self._scratch.to_host(delta))
+                moments.append(self._read_moments(index, self._scratch))
             del delta  # before the next one is made
         packed = self._replica.sum(torch.stack([*norms, *(self._scalar(value) for value in tallies.values())]))
         sent = self._scratch.to_host(packed) if in_host else packed
         gathered = (lambda: self.peers.gather(sent)()) if in_host else self.peers.gather(sent)
         self.waited_until = None
         self.running = Running(
-            number, part.indices, part.fragments, begun_at, members, gathered, list(tallies), bytes_before, deltas
-        )
+            number, part.indices, part.fragments, begun_at, members, gathered, list(tallies), bytes_before, deltas,
+            moments=moments,
+        )  # fmt: skip
         return self.running
 
     @phase("await_plan")
@@ -186,6 +194,8 @@ class OuterSync:
             else:
                 delta = unit_values.read(self.units[index], self.states[index], self.device)
             run.flying[place] = self.reduction.start(index, delta, weight, run.members, scratch)
+            if (moments := run.moments[place] if run.deltas else self._read_moments(index)) is not None:
+                run.moments_flying[place] = Reduction(self.peers).start(index, moments, weight, run.members, scratch)
 
     @torch.no_grad()
     @phase("await_average")
@@ -198,7 +208,9 @@ class OuterSync:
                 run.flying[later].advance()
         if place in run.flying:
             run.averages[place] = average = run.flying[place].wait()
-            run.square_norms[place] = square_norm(average)
+            self._lengths.measure(run, place, average)
+        if place in run.moments_flying:
+            run.mean_moments[place] = run.moments_flying.pop(place).wait()
         if place == len(run.units) - 1 and run.network is not None:
             run.network.stop()
 
@@ -210,16 +222,16 @@ class OuterSync:
         return self.peers.commit(run.number)
 
     @torch.no_grad()
-    def apply(self, run: Running, end: int, went_on: bool = False) -> None:
+    def apply(self, run: Running, end: int, steps: int = 0) -> None:
         """Clips, steps and writes the units before place `end` that have not been; the last one ends the sync.
 
         Args:
-            went_on: the parameters have changed since `begin`, and keep what they have learnt.
+            steps: that the replica has taken since `begin`; it keeps what it has learnt in them.
         """
         places = range(run.applied, end)
-        self._clip(run, [place for place in places if place in run.averages])
+        self._lengths.decide(run, [place for place in places if place in run.averages])
         for place in places:
-            self._apply(run, place, went_on)
+            self._apply(run, place, steps)
             run.applied += 1
         if run.applied == len(run.units) and self.running is run:
             self._end(run)
@@ -251,37 +263,23 @@ class OuterSync:
 
     # -- one unit -----------------------------------------------------------------------------------------------------
 
-    @phase("clip")
-    def _clip(self, run: Running, places: list[int]) -> None:
-        """What clips the averages of these units, whose norms are reduced over the replica together."""
-        if not places or self.config.max_pseudo_grad_norm is None:
-            return
-        squares = self._over_replica(run, [run.square_norms.pop(place) for place in places])
-        factors = clip_factor(squares.sqrt(), self.config.max_pseudo_grad_norm)
-        run.factors.update(zip(places, factors.unbind(), strict=True))
-
-    def _over_replica(self, run: Running, squares: list[Tensor]) -> Tensor:
-        stacked = torch.stack(squares)
-        if stacked.device != self.device:
-            stacked = stacked.pin_memory().to(self.device, non_blocking=True)
-        summed = self._replica.sum(stacked)
-        run.replica_squares += summed.unbind()
-        return summed
-
-    def _apply(self, run: Running, place: int, went_on: bool) -> None:
+    def _apply(self, run: Running, place: int, steps: int) -> None:
         index = run.units[place]
         unit, state, average = self.units[index], self.states[index], run.averages.pop(place, None)
         if place in run.flying:
             run.flying.pop(place).keep()
         correction = None
-        if went_on:  # becomes the new anchor minus where the parameters were, both as the replica is given them
+        if steps:  # becomes the new anchor minus where the parameters were, both as the replica is given them
             correction = self._here(run.deltas[place])
             unit_values.add_given(unit, state, correction, state.anchor, -1)
         anchor = self._step(run, place, average)
         if correction is not None:
             unit_values.add_given(unit, state, correction, anchor, 1)
         self._write(run, place, anchor, correction)
-        for used in (run.deltas[place], average) if run.deltas else ():
+        moments, before = run.mean_moments.pop(place, None), run.moments[place] if run.moments else None
+        if self._moments is not None and moments is not None:
+            self._moments.write(index, moments, before, steps)
+        for used in (run.deltas[place], average, moments, before) if run.deltas else ():
             if used is not None:
                 self._scratch.give(used)
 
@@ -308,6 +306,17 @@ class OuterSync:
         if broken:
             self._clear_inner_state(unit)
 
+    def _read_moments(self, index: int, scratch: Scratch | None = None) -> Tensor | None:
+        """The inner optimizer's of a unit, if they are due; with `scratch` in host memory, on their way there."""
+        due = self._moments is not None and int(self.unit_syncs[index]) % self.config.sync_moments_every == 0
+        if self._moments is None or not due or not (size := self._moments.size(index)):
+            return None
+        like = torch.empty(size, device="meta")
+        if scratch is None or self.device.type != "cpu":
+            moments = self._moments.read(index, torch.empty(size, device=self.device))
+            return moments if scratch is None else scratch.to_host(moments)
+        return self._moments.read(index, scratch.take(like))
+
     def _clear_inner_state(self, unit: Unit) -> None:
         if self._optimizer is not None:
             for param in unit.params:
@@ -333,8 +342,7 @@ class OuterSync:
         now = self.clock()
         if not run.deltas:
             self.waited_until = now
-        if run.square_norms:
-            self._over_replica(run, list(run.square_norms.values()))
+        self._lengths.end(run)
         interval_seconds, self._last_end = now - self._last_end, now
         sync_bytes = self.peers.bytes_sent - run.bytes_before
         names = [self.units[index].name for index in run.units]

@@ -154,6 +154,8 @@ def sync_logs(record: SyncRecord) -> dict[str, float]:
         "edit/replica_loss_spread": spread,
         "edit/tokens_per_second": float(plan.tallies["tokens"].sum()) / max(record.interval_seconds, 1e-9),
     }
+    if not math.isnan(record.pseudo_grad_cosine):  # there was a sync before
+        logs["edit/pseudo_grad_cosine"] = record.pseudo_grad_cosine
     logs |= {f"edit/{name}": value for name, value in record.settings.items()}
     if spikes := loss_spikes(record):
         logs |= {"edit/loss_spikes": sum(s.count for s in spikes), "edit/loss_spike": max(s.size for s in spikes)}

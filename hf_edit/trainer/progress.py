@@ -248,6 +248,7 @@ class TrainerProgress(_TrainerToBe):
         self.state.num_train_epochs = steps.num_epochs
         if first:
             self._engine.progress.confirmed = float(self.state.global_step)
+            self._engine.set_interval()
         scheduler = self.lr_scheduler
         if isinstance(scheduler, FollowProgress):  # of an earlier training
             scheduler = scheduler.scheduler

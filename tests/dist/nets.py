@@ -120,6 +120,10 @@ class Run:
 def make_optimizer(kind: str, params: Any) -> torch.optim.Optimizer:
     if kind == "sgd":
         return torch.optim.SGD(params, lr=0.05)
+    if kind == "momentum":
+        return torch.optim.SGD(params, lr=0.02, momentum=0.9)
+    if kind == "rmsprop":
+        return torch.optim.RMSprop(params)
     return torch.optim.AdamW(params, lr=0.01, weight_decay=0.01)
 
 

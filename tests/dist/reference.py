@@ -6,6 +6,7 @@ Written from the method's description alone, to be compared number by number wit
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,9 @@ def simulate(
     max_grad_norm: float | None = None,
     delay: int = 0,
     parts: list[list[str]] | None = None,
+    averaging: str = "mean",
+    moments: tuple[str, ...] = (),
+    moments_every: int = 1,
 ) -> dict[str, Tensor]:
     """The parameters that all replicas hold at the end.
 
@@ -45,6 +49,8 @@ def simulate(
         unit_of: the name of the unit that a parameter belongs to.
         losses: the training loss of a network in a step, over the batches of the given ranks.
         delay: steps between the beginning of a sync and its application; 0: at once.
+        averaging: "length" gives the average the mean of its members' lengths.
+        moments: keys of the inner optimizer's state that are averaged, at every `moments_every`-th sync of a unit.
         parts: names of units that are synced together, one part every tau / len(parts) steps; None: all are.
     """
     nets = [make_net() for _ in range(num_replicas)]
@@ -62,13 +68,24 @@ def simulate(
     taken = dict.fromkeys(units, 0)  # syncs in which the unit took part
     steps_since = dict.fromkeys(units, 0)
     corrections: list[dict[str, Tensor]] = []  # of a sync that has begun, one for each replica
+    moved: list[tuple[int, str, str, Tensor]] = []  # replica, parameter, key, what its moment is to change by
 
     def take_anchor() -> None:
         for name, param in nets[0].named_parameters():
             anchor[name] = param.detach().clone()
             velocity[name] = torch.zeros_like(param)
 
-    def apply() -> None:
+    def apply(after: int = 0) -> None:
+        for i, name, key, by in moved:
+            group = optimizers[i].param_groups[0]
+            beta = group["betas"][key == "exp_avg_sq"] if "betas" in group else group["momentum"]
+            state = optimizers[i].state[dict(nets[i].named_parameters())[name]]
+            state[key] += beta**after * by
+            if moments == ("exp_avg",):  # no further from 0 than Adam's own can be
+                b1, b2 = group["betas"]
+                limit = (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2)) * state["exp_avg_sq"].sqrt()
+                state[key] = torch.minimum(torch.maximum(state[key], -limit), limit)
+        moved.clear()
         with torch.no_grad():
             for net, correction in zip(nets, corrections, strict=True):
                 params = dict(net.named_parameters())
@@ -97,6 +114,7 @@ def simulate(
             if outer_warmup and outer_momentum:
                 mu = min(outer_momentum, taken[unit] / (taken[unit] + outer_warmup))
                 lr = 1 - (1 - outer_lr) * mu / outer_momentum
+            with_moments = taken[unit] % moments_every == 0
             taken[unit] += 1
             deltas = [{n: anchor[n] - params[i][n].detach() for n in names} for i in range(num_replicas)]
             norms = [math.sqrt(sum(float(d[n].double().square().sum()) for n in names)) for d in deltas]
@@ -121,7 +139,14 @@ def simulate(
                 raw = [math.exp(-norms[i] / temperature) if weighting == "norm" else 1.0 for i in good]
                 mixed = {n: sum(w / sum(raw) * deltas[i][n] for w, i in zip(raw, good, strict=True)) for n in names}
                 size = math.sqrt(sum(float(mixed[n].double().square().sum()) for n in names))
+                if averaging == "length":
+                    length = sum(w / sum(raw) * norms[i] for w, i in zip(raw, good, strict=True))
+                    mixed, size = {n: length / size * g for n, g in mixed.items()}, length
                 beta = 1.0 if clip is None else min(1.0, clip / (size + 1e-6))
+                for n, key in itertools.product(names, moments if with_moments else ()):
+                    each = [optimizers[i].state[params[i][n]][key] for i in range(num_replicas)]
+                    mean = sum(w / sum(raw) * each[i] for w, i in zip(raw, good, strict=True))
+                    moved.extend((i, n, key, mean - own) for i, own in enumerate(each))
                 for n in names:
                     g = beta * mixed[n]
                     velocity[n] = mu * velocity[n] + g
@@ -153,12 +178,12 @@ def simulate(
             since += 1
             steps_since = {unit: count + 1 for unit, count in steps_since.items()}
             if corrections and since == delay:
-                apply()
+                apply(after=delay)
             if since == tau // len(parts):
                 outer_sync(at_once=delay == 0)
                 since = 0
     if corrections:
-        apply()
+        apply(after=since)
     if since or not whole:
         outer_sync(at_once=True, of_all=True)
     return {name: copy.deepcopy(param.detach()) for name, param in nets[0].named_parameters()}

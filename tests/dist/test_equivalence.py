@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from typing import Any, Literal
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.schedule import fragments
+from hf_edit.peers.layout import ring_bytes
 from hf_edit.sync.overlap import Delayed, at_once
 from tests.dist.nets import UNITS, Net, Run, batch, make_optimizer, train
 from tests.dist.reference import simulate
@@ -202,6 +205,8 @@ def test_accumulation_four_by_one_and_one_by_four_agree(shape: tuple[int, int]) 
         dict(tau=8, fragments=4, clip=0.03, warmup=1),
         dict(tau=3, fragments=3, delta=0.02, ema_warmup=1, alpha=0.3),
         dict(tau=4, fragments=2, delay=2, clip=0.03),
+        dict(tau=3, averaging="length", clip=0.06),
+        dict(tau=2, averaging="length", clip=None, delay=1),
     ],
 )
 def test_agrees_with_the_simulation(shape: tuple[int, int], optimizer: str, settings: dict[str, Any]) -> None:
@@ -235,6 +240,134 @@ def test_agrees_with_the_simulation(shape: tuple[int, int], optimizer: str, sett
         assert any(record.plan.anomalous.any() for record in ran[0].records), "the setting eliminates nobody"
     if settings.get("clip") == 0.03:
         assert any(record.clipped_units for record in ran[0].records), "the setting clips nothing"
+
+
+@pytest.mark.parametrize("overlap", ["forward", "delayed"])
+@pytest.mark.parametrize(("num_parts", "end", "first"), [(1, 2, [6, 5, 4]), (1, 12, [6, 8, 10]), (2, 4, [3, 3])])
+def test_the_interval_goes_to_its_end(
+    overlap: Literal["forward", "delayed"], num_parts: int, end: int, first: list[int]
+) -> None:
+    config = EDiTConfig(
+        sync_interval=6, sync_interval_end=end, overlap=overlap, delay_steps=1, fragments=num_parts
+    )  # fmt: skip
+    expected: list[int] = []
+    while (taken := sum(expected)) < 24:
+        expected.append(min(24 - taken, round(6 + (end - 6) * taken / 24) // num_parts))
+    assert expected[: len(first)] == first
+    for run in runs(2, 1, config, 24, last_step=24):
+        steps = [round(float(record.plan.tallies["inner_steps"][0])) for record in run.records]
+        assert [count for count in steps if count] == expected
+
+
+def test_a_training_without_an_end_has_no_interval_at_it() -> None:
+    with pytest.raises(ValueError, match="does not know how long it is"):
+        runs(2, 1, EDiTConfig(sync_interval=6, sync_interval_end=2), 2)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("optimizer", "sync_moments", "keys"),
+    [
+        ("adamw", "first", ("exp_avg",)),
+        ("adamw", "both", ("exp_avg", "exp_avg_sq")),
+        ("momentum", "both", ("momentum_buffer",)),
+    ],
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(tau=3),
+        dict(tau=4, delay=2, every=2),
+        dict(tau=2, delay=2, warmup=1),
+        dict(tau=4, fragments=2, every=3),
+        dict(tau=4, fragments=2, delay=1),
+        dict(tau=1, warmup=1, delta=0.02, ema_warmup=2, alpha=0.3, overlap="none"),
+        dict(tau=3, overlap="forward", compression="int8"),
+    ],
+)
+def test_moments_agree_with_the_simulation(
+    shape: tuple[int, int], optimizer: str, sync_moments: Literal["first", "both"], keys: tuple[str, ...],
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """Also of replicas that are left out, which take the others'; codes are for pseudo-gradients alone."""
+    given = dict(settings)
+    num_parts, every = given.pop("fragments", 1), given.pop("every", 1)
+    overlap = given.pop("overlap", "delayed" if "delay" in given else "forward")
+    compression = given.pop("compression", "none")
+    sizes = dict.fromkeys(UNITS, 0)
+    for name, param in Net().named_parameters():
+        sizes[unit_of(name)] += param.numel()
+    parts = [[UNITS[i] for i in part] for part in fragments(list(sizes.values()), num_parts)]
+    expected = simulate(
+        Net, unit_of, mean_loss, lambda params: make_optimizer(optimizer, params), num_replicas=shape[0],
+        replica_size=shape[1], steps=11, parts=parts, moments=keys, moments_every=every, **given,
+    )  # fmt: skip
+    names = dict(
+        tau="sync_interval", warmup="warmup_steps", delta="anomaly_threshold", alpha="ema_alpha",
+        ema_warmup="ema_warmup_syncs", delay="delay_steps",
+    )  # fmt: skip
+    config = EDiTConfig(
+        overlap=overlap, fragments=num_parts, sync_moments=sync_moments, sync_moments_every=every,
+        compression=compression, **{names[name]: value for name, value in given.items()},
+    )  # fmt: skip
+    for run in runs(*shape, config, 11, optimizer=optimizer):
+        assert_same(run.params, expected, 1e-5 if compression == "none" else 2e-2)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("sync_moments", ["first", "both"])
+def test_what_moments_send(shape: tuple[int, int], sync_moments: Literal["first", "both"]) -> None:
+    config = EDiTConfig(sync_interval=1)
+    every = runs(*shape, dataclasses.replace(config, sync_moments=sync_moments), 4)[0]
+    second = runs(*shape, dataclasses.replace(config, sync_moments=sync_moments, sync_moments_every=2), 4)[0]
+    none = runs(*shape, config, 4)[0]
+    plain = [record.sync_bytes for record in none.records]
+    norms = plain[0] - ring_bytes(4 * parameters_of_a_rank(none), shape[0])
+    whole = [(sent - norms) / (bare - norms) for sent, bare in zip(sent_by(every), plain, strict=True)]
+    assert whole == pytest.approx([2.0 if sync_moments == "first" else 3.0] * 4, rel=1e-3)
+    assert sent_by(second) == [sent_by(every)[0], plain[1]] * 2
+
+
+def sent_by(run: Any) -> list[int]:
+    return [record.sync_bytes for record in run.records]
+
+
+def parameters_of_a_rank(run: Any) -> int:
+    return sum(part.numel() for unit in run.engine.units for part in unit.parts())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+def test_moments_that_are_not_known_are_refused(optimizer: str) -> None:
+    with pytest.raises(ValueError, match="sync_moments='first' averages the moments of Adam"):
+        runs(2, 1, EDiTConfig(sync_interval=2, sync_moments="first"), 2, optimizer=optimizer)
+
+
+def test_the_cosine_of_successive_averages() -> None:
+    """With the plain average, an average is the difference of two anchors; whatever the shards and the overlap."""
+    config = EDiTConfig(sync_interval=2, outer_optimizer="none", overlap="none", max_pseudo_grad_norm=None)
+
+    def train_noting(rank: int) -> tuple[Run, list[list[Tensor]]]:
+        anchors: list[list[Tensor]] = []
+
+        def note(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:
+            if step % 2 == 0:
+                anchors.append([state.anchor.clone() for state in engine.sync.states])
+
+        return train(rank, 2, config, 9, before_step=note, data_rank=by_replica), anchors
+
+    run, anchors = run_ranks(2, train_noting)[0]
+    means = [[old - new for old, new in zip(*pair, strict=True)] for pair in itertools.pairwise(anchors)]
+    expected = [
+        [float(torch.cosine_similarity(old, new, dim=0)) for old, new in zip(*pair, strict=True)]
+        for pair in itertools.pairwise(means)
+    ]
+    found = [record.pseudo_grad_cosines for record in run.records]
+    assert all(math.isnan(cosine) for cosine in found[0]), "there was none before"
+    assert found[1:4] == [pytest.approx(row, abs=1e-5) for row in expected]
+    assert run.records[2].pseudo_grad_cosine == pytest.approx(sum(expected[1]) / len(expected[1]))
+    for shape, overlap in (((2, 2), "forward"), ((2, 1), "forward")):
+        other = runs(*shape, dataclasses.replace(config, overlap=overlap), 9, data_rank=by_replica)[0]
+        assert [r.pseudo_grad_cosines for r in other.records[1:]] == [pytest.approx(row, abs=1e-4) for row in found[1:]]
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 2)])

@@ -8,7 +8,13 @@ import pytest
 
 from tests.launch.launching import launch_scenarios
 
-SCENARIOS = ["simulation_muon", "muon_of_one_replica_is_the_plain_trainers", "muon_resumes_bit_for_bit"]
+SCENARIOS = [
+    "simulation_muon",
+    "muon_of_one_replica_is_the_plain_trainers",
+    "muon_resumes_bit_for_bit",
+    "simulation_moments",
+    "moments_resume_bit_for_bit",
+]
 
 
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])

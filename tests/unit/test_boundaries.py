@@ -23,8 +23,19 @@ ORDER = [
     "optim.muon",
     *(
         f"sync.{name}"
-        for name in ("units", "measure", "equality", "reduction", "fragments", "running", "unit_values", "unit_sync")
+        for name in (
+            "units",
+            "measure",
+            "equality",
+            "reduction",
+            "fragments",
+            "running",
+            "unit_values",
+            "lengths",
+            "moments",
+        )
     ),
+    "sync.unit_sync",
     *(f"sync.{name}" for name in ("tuned", "overlap", "engine")),
     *(f"checkpoint.{name}" for name in ("storage", "manifest", "tensors", "outer", "state")),
     *(f"telemetry.{name}" for name in ("logs", "journal", "wandb_run")),

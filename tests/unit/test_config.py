@@ -15,7 +15,7 @@ DESIGN = dict(
     num_replicas=None, sync_interval=128, sync_seconds=None, warmup_steps=0, outer_optimizer="nesterov", outer_lr=0.8,
     outer_momentum=0.85, anomaly_threshold=3.0, ema_alpha=0.02, ema_warmup_syncs=10, max_consecutive_anomalies=3,
     weighting="norm", softmax_temperature=1.0, max_pseudo_grad_norm=10.0, overlap="forward", delay_steps=4,
-    compression="none", fragments=1,
+    compression="none", fragments=1, averaging="mean", sync_moments="none", sync_interval_end=None,
     offload_outer_state=False, sync_timeout_seconds=600, loss_spike_threshold=6.0,
 )  # fmt: skip
 
@@ -57,6 +57,13 @@ def test_the_defaults_are_the_papers_method() -> None:
         (dict(fragments=3, sync_interval=8), "fragments=3 does not divide sync_interval=8"),
         (dict(fragments=4, sync_interval=8, overlap="delayed"), "every sync_interval=8 / fragments=4 = 2 inner steps"),
         (dict(compression="int2"), "compression='int2'"),
+        (dict(averaging="median"), "averaging='median': one of 'mean', 'length'"),
+        (dict(sync_moments="second"), "sync_moments='second': one of 'none', 'first', 'both'"),
+        (dict(sync_moments_every=0), "sync_moments_every=0: a whole number of at least 1"),
+        (dict(sync_interval_end=0), "sync_interval_end=0: a whole number of at least 1"),
+        (dict(sync_interval_end=3, overlap="delayed"), "sync_interval_end=3: a whole number of at least 4"),
+        (dict(sync_interval_end=8, sync_seconds=5.0), "the interval has one master"),
+        (dict(sync_interval_end=8, tune="auto", overlap="delayed"), "the interval has one master"),
         (dict(balance="false"), "balance='false': true or false is needed"),
         (dict(balance=True, sync_seconds=3.0), "balance=True and sync_seconds=3.0"),
         (dict(units_in_flight=0), "units_in_flight=0: a whole number of at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from transformers import Trainer
 
 from hf_edit import EDiTConfig, EDiTTrainer, MuonAdamW, muon
 from hf_edit.optim.muon import param_groups
-from tests.launch.scripts.checkpoints import assert_same_end, run
+from tests.launch.scripts.checkpoints import assert_same_end, run, saved_steps
 from tests.launch.scripts.features import assert_replicas_equal
 from tests.launch.scripts.scenarios import (
     FOLDER,
@@ -24,6 +25,7 @@ from tests.launch.scripts.scenarios import (
 )
 
 MUON_TOLERANCE = 5e-3
+MOMENTS_TOLERANCE = 5e-4
 
 
 class Muons(EDiTTrainer):
@@ -76,3 +78,34 @@ def muon_of_one_replica_is_the_plain_trainers() -> dict[str, Any]:
         different = distance(*ended)
         assert different == 0.0, different
     return {}
+
+
+def moments_resume_bit_for_bit() -> dict[str, Any]:
+    """Averaged at every second sync, beside training that goes on, with Muon's among them."""
+    for name, trainer in (("adamw", EDiTTrainer), ("muon", Muons)):
+        config = EDiTConfig(
+            sync_interval=2, warmup_steps=1, overlap="delayed", delay_steps=1, sync_moments="both",
+            sync_moments_every=2, averaging="length", sync_interval_end=3,
+        )  # fmt: skip
+        whole = run(f"moments-{name}", config=config, trainer=trainer)
+        assert_replicas_equal(whole)
+        for step in saved_steps(f"moments-{name}")[2:4]:
+            folder = str(FOLDER / f"moments-{name}" / f"checkpoint-{step}")
+            assert_same_end(whole, run(f"moments-{name}-{step}", folder, config=config, trainer=trainer), step)
+    return {}
+
+
+def simulation_moments() -> dict[str, Any]:
+    """Both moments, in the forward pass; and the first, delayed. Without them it would be another training."""
+    found = {}
+    for name, kept, config in (
+        ("both", ("exp_avg", "exp_avg_sq"), EDiTConfig(sync_interval=3, sync_moments="both")),
+        ("first", ("exp_avg",), EDiTConfig(sync_interval=3, sync_moments="first", overlap="delayed", delay_steps=2)),
+    ):
+        forget_trainings()
+        trainer = train(config)
+        settings = dict(steps=9, tau=3, delay=2 if name == "first" else 0)
+        found[name] = compare(trainer, moments=kept, tolerance=MOMENTS_TOLERANCE, **settings)
+        without = compare(trainer, tolerance=math.inf, **settings)
+        assert not without or without["distance"] > 20 * MOMENTS_TOLERANCE, without
+    return found

@@ -16,6 +16,7 @@ from hf_edit import EDiTConfig
 from hf_edit.peers.faults import Pending
 from hf_edit.peers.layout import Layout
 from hf_edit.peers.replica import Replica
+from hf_edit.sync import lengths
 from hf_edit.sync.measure import Scratch
 from hf_edit.sync.overlap import Blocking, Delayed, Forward, at_once
 from hf_edit.sync.unit_sync import OuterSync
@@ -74,6 +75,11 @@ def make_sync(**settings: Any) -> tuple[OuterSync, list[torch.nn.Linear]]:
     return OuterSync(units, Alone(), Replica(Layout(1, 1, 0), 1.0), EDiTConfig(**settings)), modules
 
 
+@pytest.fixture(autouse=True)
+def _small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lengths, "SAMPLE", 8)  # of units that are small, too
+
+
 @pytest.mark.parametrize("overlap", ["none", "forward"])
 @pytest.mark.parametrize("units_in_flight", [1, 2, 4])
 def test_a_sync_holds_the_units_in_flight_and_no_more(overlap: Any, units_in_flight: int) -> None:
@@ -110,7 +116,7 @@ def test_delayed_syncs_use_the_same_host_memory_again() -> None:
         with Memory() as memory, torch.no_grad():
             way.begin({"inner_steps": 1.0})
             way.decide()
-            assert way.carry_out(went_on=True)
+            assert way.carry_out(steps=1)
         held.append(sum(memory.live.values()) // UNIT_BYTES)
         assert memory.peak < (2 * NUM_UNITS + 1) * UNIT_BYTES
     assert held == [2 * NUM_UNITS, 0, 0, 0], "its pseudo-gradients and the averages, made once"
