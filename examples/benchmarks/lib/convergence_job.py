@@ -23,6 +23,13 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "edit-fragments": (None, {"fragments": 4}),
     "co2": ("co2", {}),
     "streaming-diloco": ("streaming-diloco", {}),
+    "edit-moments": (None, {"sync_moments": "both"}),
+    "edit-first-moments": (None, {"sync_moments": "first"}),
+    "edit-moments-4": (None, {"sync_moments": "both", "sync_moments_every": 4}),
+    "edit-length": (None, {"averaging": "length"}),
+    "edit-shrinking": (None, {"sync_interval": 24, "sync_interval_end": 8}),
+    "average-moments": ("post-local-sgd", {"sync_moments": "both"}),
+    "average-length": ("post-local-sgd", {"averaging": "length"}),
     "edit-no-elimination": (None, {"anomaly_threshold": None}),
     "edit-no-weighting": (None, {"weighting": "uniform"}),
     "edit-no-clipping": (None, {"max_pseudo_grad_norm": None}),
@@ -80,6 +87,7 @@ class Job:
         fault_factor: by which the learning rate is multiplied then.
         sharded: FSDP2 over the ranks of a replica.
         report: file for the figures.
+        optimizer: inside; "adamw" or "muon".
     """
 
     method: str
@@ -104,6 +112,7 @@ class Job:
     train_file: str | None
     validation_file: str | None
     report: str
+    optimizer: str = "adamw"
 
     @property
     def num_units(self) -> int:

@@ -19,7 +19,7 @@ from lib.convergence_job import Job
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from hf_edit import EDiTConfig, EDiTTrainer
+from hf_edit import EDiTConfig, EDiTTrainer, muon
 
 NUM_BYTES = 256
 HELD_OUT = 10  # of the standard library's files, every tenth is for validation
@@ -31,10 +31,12 @@ def main() -> None:
     preset, settings = job.edit_settings
     validation = Blocks(read_bytes(job.validation_file, validation=True), job.block)
     with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(job, folder)
         trainer = FaultyTrainer(
             job=job,
             model=build_model(job),
-            args=training_arguments(job, folder),
+            args=args,
+            optimizer_cls_and_kwargs=muon(args) if job.optimizer == "muon" else None,
             train_dataset=Blocks(read_bytes(job.train_file, validation=False), job.block),
             eval_dataset=validation.spread(job.validation_blocks),
             edit_config=EDiTConfig.preset(preset, **settings) if preset else EDiTConfig(**settings),
@@ -197,6 +199,7 @@ def figures(trainer: FaultyTrainer, job: Job) -> dict[str, Any]:
         "tokens": trainer.state.num_input_tokens_seen,
         "inner_steps": stats.inner_steps,
         "syncs": len(syncs),
+        "sync_bytes": max((entry["edit/sync_bytes"] for entry in syncs), default=0),
         "clipped_share": statistics.fmean(clipped) if syncs else None,
         "effective_replicas": statistics.fmean(e["edit/effective_replicas"] for e in syncs) if syncs else None,
         "anomalous_replicas": stats.anomalous_replicas,

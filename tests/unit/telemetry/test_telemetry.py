@@ -37,7 +37,9 @@ def record(norms: list[list[float]], anomalous: list[list[bool]], restarted: Any
         },
         idle=torch.tensor([False, False]),
     )
-    return SyncRecord(7, plan, [0, 1], ["embed", "block"], 2, 0.5, 0.2, 0.1, 1000, 3.0, 1.5, [1.0, 0.4])
+    return SyncRecord(
+        7, plan, [0, 1], ["embed", "block"], 2, 0.5, 0.2, 0.1, 1000, 3.0, 1.5, [0.25, math.nan], [1.0, 0.4]
+    )
 
 
 def test_the_logs_of_a_sync() -> None:
@@ -49,6 +51,7 @@ def test_the_logs_of_a_sync() -> None:
         "edit/sync_bytes": 1000,
         "edit/inner_steps": 3.0,
         "edit/pseudo_grad_norm": 1.5,
+        "edit/pseudo_grad_cosine": 0.25,
         "edit/clipped_units": 1,
         "edit/anomalous_replicas": 1,
         "edit/rollbacks": 0,

@@ -1,0 +1,197 @@
+#!/usr/bin/env python
+"""What replicas learn from equal tokens, each method at its best learning rate, with AdamW and with Muon inside.
+
+    python examples/benchmarks/learning.py --train_file train.txt --validation_file validation.txt --json learning.jsonl
+    python examples/benchmarks/learning.py --table learning.jsonl --png learning.png
+
+Trains the byte-level Llama of convergence.py. The first seed of a method runs through the learning rates, the others
+take the best of them; synchronous training does so too, with either optimizer. --json keeps each finished training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from convergence import train
+from lib.bench import exit_on_signals, markdown_table, subplots
+from lib.convergence_job import METHODS, Job
+from lib.results import add_run, open_results, read_results
+
+RATES = {"adamw": [2e-3, 3e-3, 4.5e-3], "muon": [6e-3, 9e-3, 13.5e-3]}
+DEFAULT_METHODS = ["sync", "post-local-sgd", "edit", "edit-moments"]
+SETTINGS = ("replicas", "ranks_per_replica", "hidden_size", "layers", "steps", "tau", "warmup", "batch", "block")
+QUICK = {"steps": 48, "warmup": 16, "tau": 8, "seeds": [0], "methods": ["sync", "edit"], "optimizers": ["adamw"],
+         "learning_rates": [3e-3]}  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("what to run").add_argument
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=DEFAULT_METHODS,
+        help=f"of {', '.join(METHODS)}")  # fmt: skip
+    add("--optimizers", nargs="+", choices=RATES, default=list(RATES), help="inside")
+    add("--learning_rates", nargs="+", type=float, help="of every optimizer; None: three of its own, times 1.5 apart")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of model and data order; the first finds the rate")
+    add("--timeout", type=float, default=1800.0, help="seconds that one training may take")
+    add("--quick", action="store_true", help="one seed and a few steps, to see that it works")
+    size = parser.add_argument_group("model and training").add_argument
+    size("--replicas", type=int, default=4, help="R")
+    size("--ranks_per_replica", type=int, default=1, help="S; from 2 on FSDP2 shards the replica")
+    size("--hidden_size", type=int, default=64, help="width of the model")
+    size("--layers", type=int, default=3, help="transformer blocks")
+    size("--steps", type=int, default=640, help="steps of a training, the warm-up's too")
+    size("--tau", type=int, default=16, help="inner steps between syncs")
+    size("--warmup", type=int, default=64, help="synchronous steps first, a multiple of tau")
+    size("--batch", type=int, default=8, help="sequences of one replica in a step")
+    size("--block", type=int, default=64, help="bytes of a sequence")
+    files = parser.add_argument_group("files").add_argument
+    files("--train_file", type=Path, help="text to train on; None: the standard library's sources")
+    files("--validation_file", type=Path, help="text to evaluate on; None: some of these sources")
+    files("--json", type=Path, metavar="JSONL", help="keep every finished run here; an existing file is continued")
+    files("--png", type=Path, help="plot the losses over the learning rates here")
+    files("--table", type=Path, metavar="JSONL", help="print the table of this file, run nothing")
+    arguments = parser.parse_args()
+    if (arguments.train_file is None) != (arguments.validation_file is None):
+        parser.error("--train_file and --validation_file go together: text for training must not be evaluated on.")
+    if arguments.quick:
+        parser.set_defaults(**QUICK)
+        arguments = parser.parse_args()  # what is given holds all the same
+    arguments.rate = None
+    return arguments
+
+
+def main() -> None:
+    exit_on_signals()
+    arguments = parse()
+    results = read_results(arguments.table) if arguments.table else run_all(arguments)
+    print("\n" + table(results))
+    if arguments.png:
+        draw(results, arguments.png)
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs what is not there yet; all results."""
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    files = {name: getattr(arguments, name).name for name in ("train_file", "validation_file") if arguments.train_file}
+    results = open_results(arguments.json, {**settings, **files})
+    for optimizer, method, seed, rate in wanted(arguments, results):
+        cell = {"optimizer": optimizer, "method": method, "learning_rate": rate, "seed": seed}
+        job = make_job(arguments, **cell)
+        run = {**cell, **train(job, arguments)}
+        run["bytes_of_a_sync"] = run.pop("sync_bytes")
+        add_run(results, run, arguments.json)
+        print(f"{optimizer} {method} {rate:g} seed {seed}: {run['loss']:.4f} nats a byte", flush=True)
+    return results
+
+
+def wanted(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[tuple[str, str, int, float]]:
+    """What is not in `results` yet: first all rates of the first seed, then the best one of the others."""
+    first, *others = arguments.seeds
+    cells = [(optimizer, method) for method in arguments.methods for optimizer in arguments.optimizers]
+    for optimizer, method in cells:
+        for rate in arguments.learning_rates or RATES[optimizer]:
+            if not runs_of(results, optimizer, method, rate, first):
+                yield optimizer, method, first, rate
+    for seed in others:
+        for optimizer, method in cells:
+            if not runs_of(results, optimizer, method, rate := best_rate(results, optimizer, method), seed):
+                yield optimizer, method, seed, rate
+
+
+def make_job(arguments: argparse.Namespace, optimizer: str, method: str, learning_rate: float, seed: int) -> Job:
+    return Job(
+        method=method, scenario="clean", seed=seed, num_replicas=arguments.replicas,
+        sharded=arguments.ranks_per_replica > 1, steps=arguments.steps, tau=arguments.tau, sync_seconds=None,
+        warmup=arguments.warmup, batch=arguments.batch // arguments.ranks_per_replica, block=arguments.block,
+        hidden_size=arguments.hidden_size, layers=arguments.layers, learning_rate=learning_rate, evaluations=1,
+        validation_blocks=512, fault_first=0, fault_steps=0, fault_factor=1.0,
+        train_file=arguments.train_file and str(arguments.train_file.resolve()),
+        validation_file=arguments.validation_file and str(arguments.validation_file.resolve()), report="",
+        optimizer=optimizer,
+    )  # fmt: skip
+
+
+# -- reporting --------------------------------------------------------------------------------------------------------
+
+
+def runs_of(
+    results: dict[str, Any], optimizer: str, method: str, rate: float | None = None, seed: int | None = None
+) -> list[dict[str, Any]]:
+    given = {"optimizer": optimizer, "method": method, "learning_rate": rate, "seed": seed}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return [run for run in results["runs"] if chosen.items() <= run.items()]
+
+
+def best_rate(results: dict[str, Any], optimizer: str, method: str) -> float:
+    """Of the seed that has run with most."""
+    runs = runs_of(results, optimizer, method)
+    seeds = [run["seed"] for run in runs]
+    first = max(seeds, key=lambda seed: (seeds.count(seed), -seed))
+    return float(min((run for run in runs if run["seed"] == first), key=lambda run: run["loss"])["learning_rate"])
+
+
+def best_runs(results: dict[str, Any], optimizer: str, method: str) -> dict[int, float]:
+    """The loss of each seed at the best rate; {} without runs."""
+    if not runs_of(results, optimizer, method):
+        return {}
+    rate = best_rate(results, optimizer, method)
+    return {run["seed"]: run["loss"] for run in runs_of(results, optimizer, method, rate)}
+
+
+def over(losses: dict[int, float], reference: dict[int, float]) -> str:
+    """How much larger the losses are than the reference's, the mean of the seeds that both have."""
+    ratios = [losses[seed] / reference[seed] for seed in losses if seed in reference]
+    return f"{statistics.fmean(ratios) - 1:+.2%}" if ratios else ""
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row for each optimizer and method."""
+    rows = []
+    adamw = best_runs(results, "adamw", "sync")
+    for optimizer in RATES:
+        reference = best_runs(results, optimizer, "sync")
+        for method in METHODS:
+            if not (losses := best_runs(results, optimizer, method)):
+                continue
+            rates = sorted({run["learning_rate"] for run in runs_of(results, optimizer, method)})
+            best = best_rate(results, optimizer, method)
+            shown = ", ".join(f"**{rate:g}**" if rate == best else f"{rate:g}" for rate in rates)
+            sent = runs_of(results, optimizer, method, best)[0]["bytes_of_a_sync"]
+            rows.append([
+                optimizer, method, shown, f"{statistics.fmean(losses.values()):.4f}", len(losses),
+                f"{max(losses.values()) - min(losses.values()):.4f}", over(losses, reference), over(losses, adamw),
+                f"{sent / 1e6:.2f} MB" if sent else "",
+            ])  # fmt: skip
+    heading = ["optimizer", "method", "learning rates (best)", "validation loss", "seeds", "spread",
+               "over sync, same optimizer", "over sync, AdamW", "a rank sends in a sync"]  # fmt: skip
+    return markdown_table(heading, rows)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """The loss over the learning rate, of the seed that has run with most."""
+    figure, axes = subplots(1, len(RATES))
+    for axis, optimizer in zip(axes, RATES, strict=True):
+        for method in METHODS:
+            points: dict[float, list[float]] = {}
+            for run in runs_of(results, optimizer, method):
+                points.setdefault(run["learning_rate"], []).append(run["loss"])
+            if points:
+                rates = sorted(points)
+                axis.plot(rates, [statistics.fmean(points[rate]) for rate in rates], marker="o", label=method)
+        axis.set(title=optimizer, xlabel="learning rate", ylabel="validation loss (nats a byte)", xscale="log")
+        if axis.lines:
+            axis.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
