@@ -80,6 +80,11 @@ class EDiTConfig:
         "Warms the outer momentum up: at sync k = 0, 1, ... it is min(outer_momentum, k / (k + this)), while outer_lr "
         "goes from 1 to its value. 0: both hold from the first sync, as in the paper.",
     )
+    momentum_follows_lr: bool = _knob(
+        False,
+        "The outer momentum shrinks with the inner learning rate (as SlowMo's, arXiv 1910.00643), so that what was "
+        "learnt at a high one does not carry a training too far at its end.",
+    )
     anomaly_threshold: float | None = _knob(
         3.0,
         "A replica whose pseudo-gradient norm lies more than this many standard deviations above its moving mean is "
@@ -204,7 +209,7 @@ class EDiTConfig:
         self._check_companions()
 
     def _check_companions(self) -> None:
-        for name in ("balance", "offload_outer_state"):
+        for name in ("balance", "momentum_follows_lr", "offload_outer_state"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: true or false is needed.")
         if self.tune != "off" and (self.overlap != "delayed" or self.sync_seconds is not None):

@@ -3,7 +3,7 @@
 anchor/NAME        fp32, of the parameter's shape
 outer/NAME/KEY     what the outer rule keeps, by the rule's own names; or a user's optimizer, as tensors.py says
 detector/FIELD     statistics of all units and replicas
-syncs              in which each unit took part
+syncs, rates       in which each unit took part; the inner learning rate of the last of them
 tuning             settings that find themselves, and what they come from
 residual/NAME      fp32, of the parameter's shape: what compressed syncs left out; beside the inner optimizer's state
 """
@@ -110,7 +110,7 @@ def _tell_what_starts_anew(sync: OuterSync, saved: Mapping[str, Any], saved_clas
 def _declared(sync: OuterSync) -> dict[str, Tensor]:
     """Anchors, what a built-in rule keeps, detectors."""
     found: dict[str, Tensor] = {f"detector/{k}": v for k, v in sync.detectors.state_dict().items()}
-    found["syncs"] = sync.unit_syncs
+    found["syncs"], found["rates"] = sync.unit_syncs, sync.unit_rates
     if sync.tuning is not None:
         found["tuning"] = sync.tuning
     for unit, state in _pairs(sync):
@@ -137,7 +137,7 @@ def _users_class(sync: OuterSync) -> str | None:
 
 
 def _is_by_unit(key: str) -> bool:
-    return key == "syncs" or key.startswith("detector/")
+    return key in ("syncs", "rates") or key.startswith("detector/")
 
 
 def _place_by_unit(sync: OuterSync, saved: Mapping[str, Tensor], manifest: Manifest) -> None:
@@ -154,4 +154,6 @@ def _place_by_unit(sync: OuterSync, saved: Mapping[str, Tensor], manifest: Manif
                 sync.unit_syncs[number] = saved["syncs"][rows[unit.name]]
             else:  # written before units had a count of their own
                 sync.unit_syncs[number] = manifest.sync_count
+            if "rates" in saved:
+                sync.unit_rates[number] = saved["rates"][rows[unit.name]]
     sync.detectors = mine

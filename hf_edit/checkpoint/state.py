@@ -184,7 +184,7 @@ def counters(engine: Engine) -> dict[str, Any]:
 
 
 def load_counters(engine: Engine, counters: dict[str, Any]) -> None:
-    engine.tallies = {name: counters[name] for name in TALLIES}
+    engine.tallies = {name: counters.get(name, 0.0) for name in TALLIES}
     engine.schedule.step, engine.schedule.interval_steps = int(counters["step"]), int(counters["interval_steps"])
     engine.schedule.inner_steps = int(counters["inner_steps"])
     engine.sync.sync_count, engine.sync.whole = int(counters["sync_count"]), bool(counters["whole"])

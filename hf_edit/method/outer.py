@@ -55,12 +55,14 @@ class OuterOptimizer(Protocol):
         """
         ...
 
-    def step(self, state: OuterState, gradient: Tensor, sync: int) -> Tensor:
+    def step(self, state: OuterState, gradient: Tensor, sync: int, kept: float = 1.0) -> Tensor:
         """Moves `state.anchor` by one step and returns the new anchor [n] on `gradient`'s device.
 
         Args:
             gradient: [n], the weighed, averaged and clipped pseudo-gradient; it is used up.
             sync: the sync's number, from 0.
+            kept: what the rule's tensors, of earlier pseudo-gradients, are multiplied by before; a user's optimizer
+                keeps its own as they are.
         """
         ...
 
@@ -83,14 +85,17 @@ class FlatRule(ABC):
         return state
 
     @torch.no_grad()
-    def step(self, state: OuterState, gradient: Tensor, sync: int) -> Tensor:
-        kept = {"": state.anchor, **state.tensors}
-        here = {name: tensor.to(gradient.device, non_blocking=True) for name, tensor in kept.items()}
+    def step(self, state: OuterState, gradient: Tensor, sync: int, kept: float = 1.0) -> Tensor:
+        there = {"": state.anchor, **state.tensors}
+        here = {name: tensor.to(gradient.device, non_blocking=True) for name, tensor in there.items()}
         anchor = here.pop("")
+        if kept != 1.0:
+            for tensor in here.values():
+                tensor.mul_(kept)
         self.update(anchor, gradient, here, sync)
         for name, tensor in {"": anchor, **here}.items():
-            if tensor is not kept[name]:
-                kept[name].copy_(tensor, non_blocking=True)
+            if tensor is not there[name]:
+                there[name].copy_(tensor, non_blocking=True)
         return anchor
 
 
@@ -158,7 +163,7 @@ class Torchs:
         return state
 
     @torch.no_grad()
-    def step(self, state: OuterState, gradient: Tensor, sync: int) -> Tensor:
+    def step(self, state: OuterState, gradient: Tensor, sync: int, kept: float = 1.0) -> Tensor:
         assert state.optimizer is not None
         grads = state.views(gradient.to(state.anchor.device))
         for param, grad in zip(state.optimizer_params, grads, strict=True):

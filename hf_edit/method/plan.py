@@ -41,6 +41,13 @@ class SyncPlan:
     idle: Tensor  # [U, R] or [R] bool: the replica took no step since the unit's last sync
 
     @property
+    def learning_rate(self) -> float:
+        """The inner one, mean over the steps that the replicas tell of; 0 if nobody does."""
+        steps = float(self.tallies["inner_steps"].sum())
+        told = self.tallies.get("learning_rate")
+        return 0.0 if told is None or steps == 0 else float(told.sum()) / steps
+
+    @property
     def sound_replica(self) -> int | None:
         """The first replica that passed in every unit, one that did a step before an idle one; None: there is none."""
         passed = ~self.anomalous.any(dim=0)

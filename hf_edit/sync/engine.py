@@ -25,7 +25,8 @@ from hf_edit.sync.units import find_units, is_compiled, keep_gradients_local, re
 
 # What every rank counts between two syncs over its own micro-batches, so that the sum over the replica's ranks is the
 # replica's: training loss, tokens (for the throughput), tokens as the Trainer counts them, floating point operations.
-TALLIES = ("loss", "tokens", "input_tokens", "flos")
+# The learning rate is summed over inner steps, where the outer momentum follows it.
+TALLIES = ("loss", "tokens", "input_tokens", "flos", "learning_rate")
 # A replica whose training has ended waits for that many of its own intervals until all others come to their next sync.
 PATIENCE_INTERVALS = 10
 
@@ -174,6 +175,8 @@ class Engine:
                 make_replicas_equal(self._model, self.peers)  # machines of different kinds may round differently
                 self._end_warmup()
             return None
+        if self.config.momentum_follows_lr and not skipped:
+            self.tally(learning_rate=float(self._optimizer.param_groups[0]["lr"]) / self.peers.inside.size)
         agreed = None
         if self._delay_steps and self.sync.pending and self.schedule.interval_steps >= self._delay_steps:
             agreed = self._complete()

@@ -61,6 +61,7 @@ class OuterSync:
         self.tuning: Tensor | None = None  # what settings that find themselves come from, for checkpoints
         self.whole = True  # the last sync was of all units, or there was none yet
         self.unit_syncs = torch.zeros(len(self.units), dtype=torch.int64)  # in which each unit took part
+        self.unit_rates = torch.zeros(len(self.units), dtype=torch.float64)  # inner learning rates of each one's last
         self.states: list[OuterState] = []
         self.detectors = DetectorState.zeros(len(self.units), peers.num_replicas)
         self.rule = outer_rule(
@@ -292,7 +293,9 @@ class OuterSync:
         gradient = self._here(average)
         if place in run.factors:
             gradient.mul_(run.factors[place])
-        return self.rule.step(state, gradient, int(self.unit_syncs[index]))
+        before, now = float(self.unit_rates[index]), run.decided.learning_rate
+        shrinks = self.config.momentum_follows_lr and 0 < now < before
+        return self.rule.step(state, gradient, int(self.unit_syncs[index]), now / before if shrinks else 1.0)
 
     @phase("write")
     def _write(self, run: Running, place: int, anchor: Tensor, correction: Tensor | None) -> None:
@@ -337,7 +340,9 @@ class OuterSync:
         assert run.detectors is not None
         self.detectors = self.detectors.replaced(run.units, run.detectors)
         told = ~run.decided.idle.expand(run.decided.norms.shape).all(dim=1)  # else the outer step was none
-        self.unit_syncs[torch.tensor(run.units)[told]] += 1
+        stepped = torch.tensor(run.units)[told]
+        self.unit_syncs[stepped] += 1
+        self.unit_rates[stepped] = run.decided.learning_rate or self.unit_rates[stepped]
         self.sync_count, self.whole, self.running = run.number, len(run.units) == len(self.units), None
         now = self.clock()
         if not run.deltas:

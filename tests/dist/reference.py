@@ -42,6 +42,8 @@ def simulate(
     averaging: str = "mean",
     moments: tuple[str, ...] = (),
     moments_every: int = 1,
+    lr_at: Callable[[int], float] | None = None,
+    follow_lr: bool = False,
 ) -> dict[str, Tensor]:
     """The parameters that all replicas hold at the end.
 
@@ -51,6 +53,8 @@ def simulate(
         delay: steps between the beginning of a sync and its application; 0: at once.
         averaging: "length" gives the average the mean of its members' lengths.
         moments: keys of the inner optimizer's state that are averaged, at every `moments_every`-th sync of a unit.
+        lr_at: the inner learning rate of a step.
+        follow_lr: the outer momentum shrinks as it does.
         parts: names of units that are synced together, one part every tau / len(parts) steps; None: all are.
     """
     nets = [make_net() for _ in range(num_replicas)]
@@ -67,6 +71,8 @@ def simulate(
     whole = True  # the last sync was of all units
     taken = dict.fromkeys(units, 0)  # syncs in which the unit took part
     steps_since = dict.fromkeys(units, 0)
+    rates: list[float] = []  # since the last sync
+    last_rate: dict[str, float] = {}  # of the interval before a unit's last sync
     corrections: list[dict[str, Tensor]] = []  # of a sync that has begun, one for each replica
     moved: list[tuple[int, str, str, Tensor]] = []  # replica, parameter, key, what its moment is to change by
 
@@ -102,6 +108,7 @@ def simulate(
         moving = [name for unit in chosen for name in units[unit]]
         before = [{n: p.detach().clone() for n, p in net.named_parameters() if n in moving} for net in nets]
         move_anchor(chosen)
+        rates.clear()
         corrections.extend({n: anchor[n] - own[n] for n in own} for own in before)
         if at_once:
             apply()
@@ -147,13 +154,20 @@ def simulate(
                     each = [optimizers[i].state[params[i][n]][key] for i in range(num_replicas)]
                     mean = sum(w / sum(raw) * each[i] for w, i in zip(raw, good, strict=True))
                     moved.extend((i, n, key, mean - own) for i, own in enumerate(each))
+                rate = sum(rates) / len(rates) if rates else last_rate.get(unit, 1.0)
+                kept = min(1.0, rate / last_rate.get(unit, rate)) if follow_lr else 1.0
+                last_rate[unit] = rate
                 for n in names:
                     g = beta * mixed[n]
+                    velocity[n] *= kept
                     velocity[n] = mu * velocity[n] + g
                     anchor[n] = anchor[n] - lr * (g + mu * velocity[n])
 
     since = 0
     for step in range(steps):
+        if lr_at is not None:
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = lr_at(step)
         grads = []
         for i, net in enumerate(nets):
             loss = losses(net, step, [i * replica_size + s for s in range(replica_size)])
@@ -176,6 +190,7 @@ def simulate(
                 take_anchor()
         if step >= warmup:
             since += 1
+            rates.append(optimizers[0].param_groups[0]["lr"])
             steps_since = {unit: count + 1 for unit, count in steps_since.items()}
             if corrections and since == delay:
                 apply(after=delay)

@@ -259,6 +259,41 @@ def test_the_interval_goes_to_its_end(
         assert [count for count in steps if count] == expected
 
 
+@pytest.mark.parametrize("shape", [(2, 2), (3, 1)])
+@pytest.mark.parametrize("settings", [dict(), dict(delay=2), dict(num_parts=2), dict(warmup=4)])
+def test_the_outer_momentum_follows_the_learning_rate(shape: tuple[int, int], settings: dict[str, int]) -> None:
+    """Down, not up; the simulation agrees, and it makes a difference."""
+
+    def lr_at(step: int) -> float:
+        return 0.01 * (step + 1) if step < 6 else 0.06 * (1 - step / 25)
+
+    def set_rate(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:
+        optimizer.param_groups[0]["lr"] = lr_at(step)
+
+    given = dict(settings)
+    num_parts, delay, warmup = given.pop("num_parts", 1), given.pop("delay", 0), given.pop("warmup", 0)
+    sizes = dict.fromkeys(UNITS, 0)
+    for name, param in Net().named_parameters():
+        sizes[unit_of(name)] += param.numel()
+    parts = [[UNITS[i] for i in part] for part in fragments(list(sizes.values()), num_parts)]
+    common: dict[str, Any] = dict(
+        num_replicas=shape[0], replica_size=shape[1], steps=22, tau=4, outer_warmup=0, lr_at=lr_at, delay=delay,
+        warmup=warmup, parts=parts,
+    )  # fmt: skip
+    expected, without = (
+        simulate(Net, unit_of, mean_loss, lambda params: make_optimizer("sgd", params), follow_lr=follow_lr, **common)
+        for follow_lr in (True, False)
+    )
+    config = EDiTConfig(
+        sync_interval=4, overlap="delayed" if delay else "forward", delay_steps=delay or 4, outer_warmup_syncs=0,
+        momentum_follows_lr=True, fragments=num_parts, warmup_steps=warmup,
+    )  # fmt: skip
+    for run in runs(*shape, config, 22, optimizer="sgd", before_step=set_rate):
+        assert_same(run.params, expected, 1e-5)
+    with pytest.raises(AssertionError, match="relative distance"):
+        assert_same(expected, without, 1e-3)
+
+
 def test_a_training_without_an_end_has_no_interval_at_it() -> None:
     with pytest.raises(ValueError, match="does not know how long it is"):
         runs(2, 1, EDiTConfig(sync_interval=6, sync_interval_end=2), 2)

@@ -85,7 +85,7 @@ def moments_resume_bit_for_bit() -> dict[str, Any]:
     for name, trainer in (("adamw", EDiTTrainer), ("muon", Muons)):
         config = EDiTConfig(
             sync_interval=2, warmup_steps=1, overlap="delayed", delay_steps=1, sync_moments="both",
-            sync_moments_every=2, averaging="length", sync_interval_end=3,
+            sync_moments_every=2, averaging="length", sync_interval_end=3, momentum_follows_lr=True,
         )  # fmt: skip
         whole = run(f"moments-{name}", config=config, trainer=trainer)
         assert_replicas_equal(whole)
