@@ -4,8 +4,14 @@
     python examples/benchmarks/learning.py --train_file train.txt --validation_file validation.txt --json learning.jsonl
     python examples/benchmarks/learning.py --table learning.jsonl --png learning.png
 
+    python examples/benchmarks/learning.py --block 256 --save_base base --train_file train.txt \\
+        --validation_file validation.txt
+    python examples/benchmarks/learning.py --block 256 --base base --lora --steps 160 --warmup 0 \\
+        --train_file train.jsonl --validation_file test.jsonl --json finetuning.jsonl
+
 Trains the byte-level Llama of convergence.py. The first seed of a method runs through the learning rates, the others
 take the best of them; synchronous training does so too, with either optimizer. --json keeps each finished training.
+The third command makes a model, which the fourth one fine-tunes on instructions and answers.
 """
 
 from __future__ import annotations
@@ -21,9 +27,20 @@ from lib.bench import exit_on_signals, markdown_table, subplots
 from lib.convergence_job import METHODS, Job
 from lib.results import add_run, open_results, read_results
 
-RATES = {"adamw": [2e-3, 3e-3, 4.5e-3], "muon": [6e-3, 9e-3, 13.5e-3]}
+RATES = {"adamw": [2e-3, 3e-3, 4.5e-3], "muon": [8e-3, 12e-3, 18e-3]}
 DEFAULT_METHODS = ["sync", "post-local-sgd", "edit", "edit-moments"]
-SETTINGS = ("replicas", "ranks_per_replica", "hidden_size", "layers", "steps", "tau", "warmup", "batch", "block")
+SETTINGS = (
+    "replicas",
+    "ranks_per_replica",
+    "hidden_size",
+    "layers",
+    "steps",
+    "tau",
+    "warmup",
+    "batch",
+    "block",
+    "lora",
+)
 QUICK = {"steps": 48, "warmup": 16, "tau": 8, "seeds": [0], "methods": ["sync", "edit"], "optimizers": ["adamw"],
          "learning_rates": [3e-3]}  # fmt: skip
 
@@ -50,6 +67,9 @@ def parse() -> argparse.Namespace:
     size("--warmup", type=int, default=64, help="synchronous steps first, a multiple of tau")
     size("--batch", type=int, default=8, help="sequences of one replica in a step")
     size("--block", type=int, default=64, help="bytes of a sequence")
+    size("--lora", action="store_true", help="train adapters of --base alone")
+    size("--base", type=Path, help="folder of a model to fine-tune; None: a new one is trained")
+    size("--save_base", type=Path, help="train one with AdamW on all ranks together, keep it here, run nothing else")
     files = parser.add_argument_group("files").add_argument
     files("--train_file", type=Path, help="text to train on; None: the standard library's sources")
     files("--validation_file", type=Path, help="text to evaluate on; None: some of these sources")
@@ -69,6 +89,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     exit_on_signals()
     arguments = parse()
+    if arguments.save_base is not None:
+        cell = {"optimizer": "adamw", "method": "sync", "learning_rate": RATES["adamw"][1], "seed": arguments.seeds[0]}
+        figures = train(make_job(arguments, **cell, save_to=str(arguments.save_base.resolve())), arguments)
+        print(f"{figures['loss']:.4f} nats a byte; saved in {arguments.save_base}")
+        return
     results = read_results(arguments.table) if arguments.table else run_all(arguments)
     print("\n" + table(results))
     if arguments.png:
@@ -107,7 +132,10 @@ def wanted(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[t
                 yield optimizer, method, seed, rate
 
 
-def make_job(arguments: argparse.Namespace, optimizer: str, method: str, learning_rate: float, seed: int) -> Job:
+def make_job(
+    arguments: argparse.Namespace, optimizer: str, method: str, learning_rate: float, seed: int,
+    save_to: str | None = None,
+) -> Job:  # fmt: skip
     return Job(
         method=method, scenario="clean", seed=seed, num_replicas=arguments.replicas,
         sharded=arguments.ranks_per_replica > 1, steps=arguments.steps, tau=arguments.tau, sync_seconds=None,
@@ -116,7 +144,8 @@ def make_job(arguments: argparse.Namespace, optimizer: str, method: str, learnin
         validation_blocks=512, fault_first=0, fault_steps=0, fault_factor=1.0,
         train_file=arguments.train_file and str(arguments.train_file.resolve()),
         validation_file=arguments.validation_file and str(arguments.validation_file.resolve()), report="",
-        optimizer=optimizer,
+        optimizer=optimizer, base=arguments.base and str(arguments.base.resolve()), lora=arguments.lora,
+        save_to=save_to,
     )  # fmt: skip
 
 

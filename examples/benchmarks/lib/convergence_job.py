@@ -26,9 +26,16 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "edit-moments": (None, {"sync_moments": "both"}),
     "edit-first-moments": (None, {"sync_moments": "first"}),
     "edit-moments-4": (None, {"sync_moments": "both", "sync_moments_every": 4}),
+    "edit-follows-lr": (None, {"momentum_follows_lr": True}),
+    "edit-moments-follows-lr": (None, {"sync_moments": "both", "momentum_follows_lr": True}),
+    "edit-delayed-moments-follows-lr": (
+        None,
+        {"sync_moments": "both", "momentum_follows_lr": True, "overlap": "delayed"},
+    ),
     "edit-length": (None, {"averaging": "length"}),
     "edit-shrinking": (None, {"sync_interval": 24, "sync_interval_end": 8}),
     "average-moments": ("post-local-sgd", {"sync_moments": "both"}),
+    "average-delayed-moments": ("post-local-sgd", {"sync_moments": "both", "overlap": "delayed"}),
     "average-length": ("post-local-sgd", {"averaging": "length"}),
     "edit-no-elimination": (None, {"anomaly_threshold": None}),
     "edit-no-weighting": (None, {"weighting": "uniform"}),
@@ -88,6 +95,9 @@ class Job:
         sharded: FSDP2 over the ranks of a replica.
         report: file for the figures.
         optimizer: inside; "adamw" or "muon".
+        base: folder of the model to begin with; None: a new one.
+        lora: train adapters of it alone.
+        save_to: folder for the model at the end.
     """
 
     method: str
@@ -113,6 +123,9 @@ class Job:
     validation_file: str | None
     report: str
     optimizer: str = "adamw"
+    base: str | None = None
+    lora: bool = False
+    save_to: str | None = None
 
     @property
     def num_units(self) -> int:

@@ -29,7 +29,7 @@ def main() -> None:
     job = Job.from_json(sys.argv[1])
     torch.manual_seed(job.seed)
     preset, settings = job.edit_settings
-    validation = Blocks(read_bytes(job.validation_file, validation=True), job.block)
+    validation = read_rows(job, validation=True)
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(job, folder)
         trainer = FaultyTrainer(
@@ -37,17 +37,26 @@ def main() -> None:
             model=build_model(job),
             args=args,
             optimizer_cls_and_kwargs=muon(args) if job.optimizer == "muon" else None,
-            train_dataset=Blocks(read_bytes(job.train_file, validation=False), job.block),
+            train_dataset=read_rows(job, validation=False),
             eval_dataset=validation.spread(job.validation_blocks),
             edit_config=EDiTConfig.preset(preset, **settings) if preset else EDiTConfig(**settings),
         )
         trainer.train()
         trainer.evaluate()
+        if job.save_to is not None:
+            trainer.save_model(job.save_to)
     if trainer.is_world_process_zero():
         Path(job.report).write_text(json.dumps(figures(trainer, job)), encoding="utf-8")
 
 
 # -- data and model ---------------------------------------------------------------------------------------------------
+
+
+def read_rows(job: Job, validation: bool) -> Blocks:
+    path = job.validation_file if validation else job.train_file
+    if path is not None and path.endswith(".jsonl"):
+        return Answers(path, job.block)
+    return Blocks(read_bytes(path, validation), job.block)
 
 
 def read_bytes(path: str | None, validation: bool) -> Any:
@@ -82,7 +91,49 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def build_model(job: Job) -> LlamaForCausalLM:
+class Answers(Blocks):
+    """Instructions with answers, which alone are learnt, from a file with `instruction`, `input`, `output` a line.
+
+    What is longer than `size` bytes is left out, what is shorter is filled up.
+    """
+
+    def __init__(self, path: str, size: int) -> None:
+        made = []
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            asked = f"{row['instruction']}\n{row['input']}\n".encode()
+            answer = row["output"].encode() + b"\n"
+            if len(asked) + len(answer) <= size:
+                filled = np.zeros((2, size), dtype=np.int64)
+                filled[1] = -100
+                filled[0, : len(asked) + len(answer)] = np.frombuffer(asked + answer, dtype=np.uint8)
+                filled[1, len(asked) : len(asked) + len(answer)] = np.frombuffer(answer, dtype=np.uint8)
+                made.append(filled)
+        self.rows = np.stack(made)
+
+    def spread(self, number: int) -> Answers:
+        chosen = np.linspace(0, len(self.rows) - 1, min(number, len(self.rows))).astype(int)
+        found = Answers.__new__(Answers)
+        found.rows = self.rows[chosen]
+        return found
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        tokens, labels = torch.from_numpy(self.rows[row])
+        return {"input_ids": tokens, "labels": labels}
+
+
+def build_model(job: Job) -> Any:
+    if job.base is None:
+        return new_model(job)
+    model = LlamaForCausalLM.from_pretrained(job.base)
+    if not job.lora:
+        return model
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+
+
+def new_model(job: Job) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=NUM_BYTES,
@@ -205,7 +256,7 @@ def figures(trainer: FaultyTrainer, job: Job) -> dict[str, Any]:
         "anomalous_replicas": stats.anomalous_replicas,
         "rollbacks": stats.rollbacks,
         "loss_spikes": stats.loss_spikes,
-        "parameters": sum(parameter.numel() for parameter in build_model(job).parameters()),
+        "parameters": sum(parameter.numel() for parameter in build_model(job).parameters() if parameter.requires_grad),
         "world_size": trainer.args.world_size,
         "train_seconds": next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry),
     }

@@ -1,0 +1,320 @@
+#!/usr/bin/env python
+"""Outer steps that the library does not have, or only might get: tried on replicas in one process.
+
+    python examples/benchmarks/ideas.py --train_file train.txt --validation_file validation.txt --json ideas.jsonl \\
+        --ideas sync edit edit-moments edit-cosine
+    python examples/benchmarks/ideas.py --table ideas.jsonl
+
+A second implementation of the method in a few lines of tensors, R replicas stacked and stepped together, on the model
+and the data of convergence.py. What both have ends at the same loss (1.7600 sync, 1.8287 edit, with seed 0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lib.bench import markdown_table
+from lib.convergence_job import Job
+from lib.convergence_worker import build_model, read_rows
+from lib.results import add_run, open_results, read_results
+from torch import Tensor
+from torch.func import functional_call, grad_and_value, vmap
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Idea:
+    """
+    Args:
+        muon: inside, for the blocks' matrices.
+        together: one replica with the whole batch.
+        rule: "nesterov"; "qhm" steps by lr ((1 - nu) g + nu m), m being the moving mean of g; "cosine" is Nesterov
+            whose momentum is the mean cosine of the last eight pairs of averages.
+        warmup: of the outer momentum; see `outer_warmup_syncs`.
+        cooldown: its momentum is at most k / (k + cooldown) at the k-th sync from the end.
+        follows: the momentum shrinks with the inner learning rate to this power.
+        moments: of the inner optimizer, that are averaged.
+        length: power of (mean length / length of the mean) that the average is multiplied by.
+        tau_end: tau at the end, to which it goes in a straight line.
+    """
+
+    muon: bool = False
+    together: bool = False
+    uniform: bool = False
+    rule: str = "nesterov"
+    lr: float = 0.8
+    momentum: float = 0.85
+    nu: float = 0.7
+    warmup: int = 5
+    cooldown: float = 0.0
+    follows: float = 0.0
+    moments: tuple[str, ...] = ()
+    length: float = 0.0
+    tau: int = 16
+    tau_end: int | None = None
+
+
+EDIT = Idea()
+MOMENTS = replace(EDIT, moments=("first", "second"))
+MUON = Idea(muon=True, uniform=True, lr=1.0, momentum=0.0, moments=("first",))
+IDEAS = {
+    "sync": Idea(together=True),
+    "edit": EDIT,
+    "edit-moments": MOMENTS,
+    "edit-first-moments-unbounded": replace(EDIT, moments=("first",)),
+    "edit-second-moments": replace(EDIT, moments=("second",)),
+    "edit-uniform": replace(MOMENTS, uniform=True),
+    "edit-warmup-10": replace(MOMENTS, warmup=10),
+    "edit-momentum-0.6": replace(MOMENTS, momentum=0.6),
+    "edit-gain-1.3": replace(MOMENTS, lr=1.3, momentum=0.0, warmup=0),
+    "edit-gain-1.6": replace(MOMENTS, lr=1.6, momentum=0.0, warmup=0),
+    "edit-qhm": replace(MOMENTS, rule="qhm", lr=1.5, momentum=0.9),
+    "edit-cosine": replace(MOMENTS, rule="cosine"),
+    "edit-follows-lr": replace(MOMENTS, follows=1.0),
+    "edit-cooldown": replace(MOMENTS, cooldown=3.0),
+    "edit-shrinking": replace(MOMENTS, tau=24, tau_end=8),
+    "edit-growing": replace(MOMENTS, tau=8, tau_end=24),
+    "sync-muon": Idea(muon=True, together=True),
+    "muon-average": replace(MUON, moments=()),
+    "muon-average-moments": MUON,
+    "muon-gain-1.2": replace(MUON, lr=1.2),
+    "muon-momentum-0.5": replace(MUON, lr=0.8, momentum=0.5),
+    "muon-edit": replace(EDIT, muon=True, moments=("first",)),
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ideas", nargs="+", choices=IDEAS, default=["sync", "edit"], metavar="IDEA", help=f"of {', '.join(IDEAS)}")
+    add("--learning_rates", nargs="+", type=float, default=[3e-3], help="each is tried")
+    add("--seeds", nargs="+", type=int, default=[0], help="of model and data order")
+    add("--replicas", type=int, default=4, help="R")
+    add("--batch", type=int, default=8, help="sequences of one replica in a step")
+    add("--steps", type=int, default=640, help="of a training")
+    add("--warmup", type=int, default=64, help="synchronous steps first")
+    add("--train_file", type=Path, help="text to train on; None: the standard library's sources")
+    add("--validation_file", type=Path, help="text to evaluate on; None: some of these sources")
+    add("--json", type=Path, metavar="JSONL", help="keep every finished run here; an existing file is continued")
+    add("--table", type=Path, metavar="JSONL", help="print the table of this file, run nothing")
+    arguments = parser.parse_args()
+    if (arguments.train_file is None) != (arguments.validation_file is None):
+        parser.error("--train_file and --validation_file go together: text for training must not be evaluated on.")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.table:
+        print(table(read_results(arguments.table)))
+        return
+    torch.set_num_threads(1)
+    settings = {name: getattr(arguments, name) for name in ("replicas", "batch", "steps", "warmup")}
+    results = open_results(arguments.json, settings)
+    for seed in arguments.seeds:
+        for name in arguments.ideas:
+            for rate in arguments.learning_rates:
+                cell = {"idea": name, "learning_rate": rate, "seed": seed}
+                if any(cell.items() <= run.items() for run in results["runs"]):
+                    continue
+                run = {
+                    **cell,
+                    **Training(IDEAS[name], make_job(arguments, seed, rate)).run(),
+                    "is": asdict(IDEAS[name]),
+                }
+                add_run(results, run, arguments.json)
+                print(f"{name} {rate:g} seed {seed}: {run['loss']:.4f} nats a byte", flush=True)
+    print("\n" + table(results))
+
+
+def make_job(arguments: argparse.Namespace, seed: int, rate: float) -> Job:
+    files = {name: getattr(arguments, name) for name in ("train_file", "validation_file")}
+    return Job(
+        method="", scenario="clean", seed=seed, num_replicas=arguments.replicas, sharded=False, steps=arguments.steps,
+        tau=0, sync_seconds=None, warmup=arguments.warmup, batch=arguments.batch, block=64, hidden_size=64, layers=3,
+        learning_rate=rate, evaluations=1, validation_blocks=512, fault_first=0, fault_steps=0, fault_factor=1.0,
+        report="", **{name: file and str(file) for name, file in files.items()},
+    )  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row for each idea and learning rate."""
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        cells.setdefault((run["idea"], run["learning_rate"]), []).append(run)
+    rows = [
+        [name, f"{rate:g}", f"{statistics.fmean(run['loss'] for run in runs):.4f}", len(runs),
+         f"{runs[0]['cosine']:.2f}" if runs[0]["cosine"] else ""]
+        for (name, rate), runs in sorted(cells.items(), key=lambda cell: (list(IDEAS).index(cell[0][0]), cell[0][1]))
+    ]  # fmt: skip
+    heading = ["idea", "learning rate", "validation loss", "seeds", "cosine of successive averages"]
+    return markdown_table(heading, rows)
+
+
+class Training:
+    """All replicas' tensors, the first axis being the replica."""
+
+    def __init__(self, idea: Idea, job: Job) -> None:
+        self.idea, self.job = idea, job
+        self.count = 1 if idea.together else job.num_replicas
+        self.batch = job.batch * job.num_replicas // self.count
+        torch.manual_seed(job.seed)
+        self.model = build_model(job)
+        self.model.set_attn_implementation("eager")
+        named = dict(self.model.named_parameters())
+        self.params = {n: p.detach().clone()[None].repeat(self.count, *[1] * p.ndim) for n, p in named.items()}
+        self.matrices = {n for n, p in named.items() if idea.muon and p.ndim == 2 and "layers" in n}
+        self.first, self.second = ({n: torch.zeros_like(p) for n, p in self.params.items()} for _ in range(2))
+        self.mask = torch.full((job.block, job.block), -math.inf).triu(1)[None, None]
+        self.units: dict[str, list[str]] = {}
+        for name in named:
+            unit = name.split("layers.")[1].split(".")[0] if "layers." in name else "embed" in name
+            self.units.setdefault(str(unit), []).append(name)
+        self.syncs, self.cosines, self.rates = 0, list[float](), list[float]()
+        self.before: Tensor | None = None
+
+    def run(self) -> dict[str, float]:
+        """The final loss, and what was seen."""
+        rows, job = read_rows(self.job, validation=False).rows, self.job
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(job.seed))
+        size, since = job.batch * job.num_replicas, 0
+        for step in range(job.steps):
+            first = step * size % (len(order) - size)
+            tokens = torch.from_numpy(rows[order[first : first + size].numpy()]).long()
+            self.step(step, tokens.view(self.count, self.batch, -1))
+            if self.count > 1 and step + 1 == job.warmup:
+                self.anchor = {name: param[0].clone() for name, param in self.params.items()}
+                self.velocity = {name: torch.zeros_like(tensor) for name, tensor in self.anchor.items()}
+            if self.count > 1 and step >= job.warmup:
+                since += 1
+                if since >= self.tau(step) or step == job.steps - 1:
+                    self.sync(step, since)
+                    since = 0
+        cosine = statistics.fmean(self.cosines) if self.cosines else 0.0
+        return {"loss": self.evaluate(), "cosine": cosine, "syncs": self.syncs}
+
+    def tau(self, step: int) -> float:
+        share = (step - self.job.warmup) / (self.job.steps - self.job.warmup)
+        end = self.idea.tau if self.idea.tau_end is None else self.idea.tau_end
+        return round(self.idea.tau + (end - self.idea.tau) * share)
+
+    def loss(self, params: Tensors, tokens: Tensor) -> Tensor:
+        given = dict(input_ids=tokens, use_cache=False, attention_mask=self.mask.expand(len(tokens), -1, -1, -1))
+        logits = functional_call(self.model, (params, dict(self.model.named_buffers())), kwargs=given).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    def rate(self, step: int) -> float:
+        warm = max(self.job.steps // 20, 1)
+        share = (step - warm) / (self.job.steps - warm)
+        return self.job.learning_rate * (step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * share)))
+
+    def step(self, step: int, tokens: Tensor) -> None:
+        """Gradients clipped to 1, as the Trainer does, then Muon or AdamW."""
+        if self.count > 1:
+            grads, _ = vmap(grad_and_value(self.loss))(self.params, tokens)
+        else:
+            alone, _ = grad_and_value(self.loss)({name: param[0] for name, param in self.params.items()}, tokens[0])
+            grads = {name: grad[None] for name, grad in alone.items()}
+        if step < self.job.warmup:
+            grads = {name: grad.mean(0, keepdim=True).expand_as(grad) for name, grad in grads.items()}
+        norms = torch.stack([grad.flatten(1).square().sum(1) for grad in grads.values()]).sum(0).sqrt()
+        clip, lr = (1 / (norms + 1e-6)).clamp(max=1.0), self.rate(step)
+        self.rates.append(lr)
+        for name, param in self.params.items():
+            grad, first, second = grads[name] * along(clip, param), self.first[name], self.second[name]
+            param.mul_(1 - lr * 0.1 * (param.ndim > 2))
+            if name in self.matrices:
+                first.lerp_(grad, 0.05)
+                param.add_(orthogonal(grad.lerp(first, 0.95)), alpha=-lr * 0.2 * math.sqrt(max(param.shape[1:])))
+                continue
+            first.lerp_(grad, 0.1)
+            second.mul_(0.95).addcmul_(grad, grad, value=0.05)
+            root = (second / (1 - 0.95 ** (step + 1))).sqrt_().add_(1e-8)
+            param.addcdiv_(first / (1 - 0.9 ** (step + 1)), root, value=-lr)
+
+    def sync(self, step: int, since: int) -> None:
+        """Weigh, average, step the anchor."""
+        averages: Tensors = {}
+        for names in self.units.values():
+            deltas = {name: self.anchor[name] - self.params[name] for name in names}
+            norms = torch.stack([delta.flatten(1).square().sum(1) for delta in deltas.values()]).sum(0).sqrt()
+            weights = torch.ones_like(norms) / self.count if self.idea.uniform else torch.softmax(-norms, 0)
+            found = {name: mean(delta, weights) for name, delta in deltas.items()}
+            size = math.sqrt(sum(float(average.square().sum()) for average in found.values()))
+            stretch = (float(weights @ norms) / size) ** self.idea.length
+            averages |= {name: average * stretch for name, average in found.items()}
+            for kind in self.idea.moments:
+                for name in names:
+                    moment = (self.first if kind == "first" else self.second)[name]
+                    moment[:] = mean(moment, weights)
+        flat = torch.cat([average.flatten() for average in averages.values()])
+        if self.before is not None:
+            self.cosines.append(float(torch.cosine_similarity(flat, self.before, dim=0)))
+        self.before = flat
+        self.move(averages, step, since)
+        for name, param in self.params.items():
+            param[:] = self.anchor[name]
+        self.syncs += 1
+
+    def move(self, averages: Tensors, step: int, since: int) -> None:
+        """The outer step."""
+        idea, momentum = self.idea, self.idea.momentum
+        if idea.rule == "cosine":
+            recent = self.cosines[-8:]
+            momentum = min(momentum, max(0.0, statistics.fmean(recent))) if recent else 0.0
+        elif idea.warmup and momentum:
+            momentum = min(momentum, self.syncs / (self.syncs + idea.warmup))
+        if idea.cooldown:
+            left = (self.job.steps - 1 - step) / idea.tau
+            momentum = min(momentum, left / (left + idea.cooldown))
+        lr = 1 - (1 - idea.lr) * momentum / idea.momentum if idea.momentum and idea.rule != "qhm" else idea.lr
+        now, earlier = statistics.fmean(self.rates[-since:]), self.rates[-since - idea.tau : -since]
+        kept = min(1.0, now / statistics.fmean(earlier)) ** idea.follows if self.syncs else 1.0
+        for name, average in averages.items():
+            velocity, anchor = self.velocity[name], self.anchor[name]
+            if idea.rule == "qhm":
+                velocity.mul_(momentum).add_(average, alpha=1 - momentum)
+                anchor.sub_(lr * ((1 - idea.nu) * average + idea.nu * velocity))
+            else:
+                velocity.mul_(momentum * kept).add_(average)
+                anchor.sub_(lr * (average + momentum * velocity))
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        rows = read_rows(self.job, validation=True).spread(self.job.validation_blocks).rows
+        params = {name: param[0] for name, param in self.params.items()}
+        return statistics.fmean(
+            float(self.loss(params, torch.from_numpy(part).long())) for part in rows.reshape(8, -1, rows.shape[1])
+        )
+
+
+def along(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * along(weights, values)).sum(0)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Of each matrix, by Muon's Newton-Schulz iterations, in fp32."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+if __name__ == "__main__":
+    main()
