@@ -64,6 +64,7 @@ class Journal:
     events: list[dict[str, Any]] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)  # steps
     ended: bool = False
+    failed: str = ""  # by what it was broken off
     steps: int = 0
     seconds: float = 0.0
     malformed: int = 0  # lines
@@ -222,7 +223,9 @@ def _parsed(record: dict[str, Any], gradient_bytes: float) -> dict[str, Any]:
 
 def _take(record: dict[str, Any], journal: Journal) -> None:
     kind = record.get("kind")
-    journal.ended = kind == "end" or (journal.ended and kind != "run")
+    if kind in ("end", "run"):
+        journal.failed = str(record.get("failed") or "")
+        journal.ended = kind == "end" and not journal.failed
     if kind == "sync":
         journal.syncs.append(record["sync"])
     elif kind == "log":

@@ -136,6 +136,12 @@ class Headline:
     note: str = ""
 
 
+def _how_it_ended(journal: Journal) -> str:
+    if journal.failed:
+        return f"broken off: {journal.failed.splitlines()[0][:120]}"
+    return "ended" if journal.ended else "has not ended, or was killed"
+
+
 def headlines(journal: Journal) -> list[Headline]:
     """Of every journal the same labels, in the same order."""
     run, syncs = journal.run, journal.syncs
@@ -149,7 +155,7 @@ def headlines(journal: Journal) -> list[Headline]:
     effective = [sync.effective_replicas for sync in syncs if math.isfinite(sync.effective_replicas)]
     return [
         Headline("Layout", f"{run.get('replicas', '?')} x {run.get('shards', '?')}", "replicas x shards"),
-        Headline("Steps", f"{journal.steps:,}", ("ended" if journal.ended else "has not ended, or was killed")
+        Headline("Steps", f"{journal.steps:,}", _how_it_ended(journal)
                  + (f"; {planned:,} planned" if planned > 0 and planned != journal.steps else "")),
         Headline("Time", seconds_text(journal.seconds), f"{tokens / journal.seconds:,.0f} tokens a second"
                  if tokens > 0 and journal.seconds > 0 else ""),

@@ -9,7 +9,7 @@ One rank of a job writes it. A line is a JSON object with a "kind":
     spike   the largest loss spike of a replica in an interval
     log     what else the Trainer logged
     event   what was alerted
-    end     the totals
+    end     the totals; `failed`, what broke the training off
 
 What is not finite is null. Beyond `LIMIT_BYTES` the file is thinned: every second sync loses its numbers by unit, then
 they all; then every second log goes, and of what is left every second sync or log.
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "edit_syncs.jsonl"
 LIMIT_BYTES = 32 << 20
+ERROR_LENGTH = 500  # of what is kept of an error's text
 DIGITS = 6  # significant ones
 BY_UNIT = ("norms", "z", "weights", "clip")
 
@@ -85,6 +86,12 @@ class Journal:
         for spike in loss_spikes(record):
             self.write("spike", sync=record.sync, response=response, **vars(spike))
         self.write("sync", step=step, seconds=self.seconds, **sync_values(record))
+
+    def end(self, step: int, error: BaseException | None = None, **totals: Any) -> None:
+        """The training has ended at `step`, or was broken off by `error`."""
+        failed = {} if error is None else {"failed": f"{type(error).__name__}: {error}"[:ERROR_LENGTH]}
+        self.write("end", step=step, seconds=self.seconds, **failed, **totals)
+        self.close()
 
     @property
     def seconds(self) -> float:

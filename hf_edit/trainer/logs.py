@@ -63,14 +63,12 @@ class TrainerLogs(_TrainerToBe):
         if self._journal is not None and set(entry) - {"epoch", "num_input_tokens_seen"}:
             self._journal.log(self.state.global_step, entry)
 
-    def _close_journal(self) -> None:
+    def _close_journal(self, error: BaseException | None = None) -> None:
         if self._journal is not None:
-            self._journal.write(
-                "end", step=self.state.global_step, seconds=self._journal.seconds, **asdict(self.edit_stats)
-            )
-            self._unit_table.publish()
-            self._journal.close()
+            self._journal.end(self.state.global_step, error, **asdict(self.edit_stats))
             self._journal = None
+            if error is None:
+                self._unit_table.publish()
 
     def _log_step(
         self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None, stepped: bool

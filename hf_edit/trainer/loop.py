@@ -131,17 +131,16 @@ class EDiT:
     def __enter__(self) -> EDiT:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if self._engine is None:
             return
         if kind is None:
             self._engine.barrier()
             self._note_steps()
             self._keep_logs()
-            if self._journal is not None:
-                self._journal.write("end", step=self._steps_of_all, seconds=self._journal.seconds)
-                self._journal.close()
-        else:
+        if self._journal is not None:
+            self._journal.end(self._steps_of_all, error)
+        if kind is not None:
             self._engine.abandon()
         self._engine.close()
         self._hook.remove()

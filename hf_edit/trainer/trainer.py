@@ -127,7 +127,11 @@ class EDiTMixin(
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.edit_layout.num_replicas > 1 and self.is_fsdp_enabled and not is_prepared(self.model):
             check_wrapping(self.model, self.accelerator.state.fsdp_plugin, self.edit_layout)
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException as error:
+            self._close_journal(error)
+            raise
 
     def _keep_driver_last(self) -> None:
         self._driver.stand_last()

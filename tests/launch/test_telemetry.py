@@ -21,6 +21,7 @@ SCENARIOS = [
     "a_spike_stops_all_at_the_next_sync",
     "spikes_in_the_warm_up_are_of_all",
     "a_loop_has_a_journal",
+    "a_training_that_breaks_off_says_so",
     "syncs_of_parts_and_settings_are_in_the_journal",
 ]
 

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
@@ -18,7 +19,15 @@ from hf_edit import EDiT, EDiTConfig, EDiTTrainer
 from hf_edit.method.tuning import Tuned
 from tests.launch.scripts.features import assert_replicas_equal
 from tests.launch.scripts.looping import Loop
-from tests.launch.scripts.scenarios import FOLDER, forget_trainings, make_model, make_rows, parameters, train
+from tests.launch.scripts.scenarios import (
+    FOLDER,
+    forget_trainings,
+    make_args,
+    make_model,
+    make_rows,
+    parameters,
+    train,
+)
 
 TAU, STEPS, SPOILED = 3, 32, 26  # the optimizer step, from 1 on, whose loss replica 1 sees spoiled
 
@@ -60,6 +69,25 @@ def everywhere(value: Any) -> list[Any]:
 
 
 # -- scenarios --------------------------------------------------------------------------------------------------------
+
+
+class Breaks(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise OSError("the disk has gone")
+
+
+def a_training_that_breaks_off_says_so() -> dict[str, Any]:
+    forget_trainings()
+    trainer = EDiTTrainer(
+        model=make_model(), args=make_args(output_dir=str(FOLDER / "broken")), train_dataset=make_rows(),
+        edit_config=EDiTConfig(sync_interval=TAU), callbacks=[Breaks()],
+    )  # fmt: skip
+    with pytest.raises(OSError, match="the disk has gone"):
+        trainer.train()
+    (end,) = journal("broken", "end")
+    assert (end["step"], end["failed"], end["syncs"]) == (5, "OSError: the disk has gone", 1)
+    return {}
 
 
 def a_run_is_in_the_journal() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 
 from hf_edit.cli import journal_reader
 from hf_edit.cli.journal_reader import JOURNAL, JournalError, find_journal, read_journal, read_journals
+from hf_edit.cli.journal_sums import headlines
 from tests.unit.cli.fake_journal import FakeRun
 
 RUN = {"kind": "run", "version": 1, "step": 0, "replicas": 2, "shards": 1, "units": ["a", "b"], "gradient_bytes": 10}
@@ -23,6 +24,7 @@ def sync(number: int, step: int, **more: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, *records: dict[str, Any] | str) -> Path:
+    folder.mkdir(exist_ok=True)
     path = folder / JOURNAL
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records), encoding="utf-8")
     return path
@@ -49,6 +51,18 @@ def test_a_training_from_the_start_voids_all(tmp_path: Path) -> None:
     journal = read_journal(path, "run")
     assert (len(journal.syncs), journal.logs, journal.resumed_at, journal.void) == (1, [], [], 3)
     assert journal.ended
+
+
+def test_a_training_that_was_broken_off(tmp_path: Path) -> None:
+    broken = {"kind": "end", "step": 6, "seconds": 6, "failed": "RuntimeError: the network is down\nmore"}
+    journal = read_journal(write(tmp_path / "one", RUN, sync(1, 4), broken), "run")
+    assert not journal.ended
+    assert "broken off: RuntimeError: the network is down" in [headline.note for headline in headlines(journal)]
+    resumed = read_journal(
+        write(tmp_path / "two", RUN, sync(1, 4), broken, {**RUN, "step": 4}, sync(2, 8), {"kind": "end", "step": 8}),
+        "run",
+    )
+    assert (resumed.ended, resumed.failed) == (True, "")
 
 
 def test_resumed_twice(tmp_path: Path) -> None:
