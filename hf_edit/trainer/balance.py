@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
@@ -20,6 +21,7 @@ from hf_edit.method.balance import Balance
 from hf_edit.method.plan import SyncRecord
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
+from hf_edit.trainer.world import num_targets
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
@@ -185,21 +187,36 @@ class TrainerBalance(_TrainerToBe):
             )
         if not self._engine.warming_up:
             self._rows += rows
-        size, total = self._train_batch_size, None
+        size = self._train_batch_size
         if rows <= size:
             return step(model, inputs, num_items_in_batch)
+        starts = range(0, rows, size)
+        pieces = [{name: _cut(value, i, i + size, rows) for name, value in inputs.items()} for i in starts]
+        # Private in transformers 5.24; see `TrainerStep._look_for_labels`.
+        targets = [num_targets(piece, self._loss_shifts_labels) for piece in pieces]
+        known = [int(count) for count in targets if count is not None]
+        counts = known if len(known) == len(pieces) else [min(size, rows - i) for i in starts]
+        whole = sum(counts)
+        losses = [
+            self._step_piece(step, piece, count, whole, model, num_items_in_batch)
+            for piece, count in zip(pieces, counts, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    def _step_piece(
+        self, step: Any, piece: Any, count: int, whole: int, model: nn.Module, num_items_in_batch: Any
+    ) -> Tensor:
+        """`count` of the `whole` labels (or rows) are in this piece, so much a mean over it counts; a sum over all
+        labels is divided already."""
+        if count == 0:  # a mean over none is 0/0
+            with self.accelerator.without_gradient(model):
+                return torch.zeros_like(step(model, piece, num_items_in_batch))
         accumulation = self.current_gradient_accumulation_steps
+        self.current_gradient_accumulation_steps = accumulation * whole / count
         try:
-            for start in range(0, rows, size):
-                piece = {name: _cut(value, start, start + size, rows) for name, value in inputs.items()}
-                # The mean over a piece counts as much as the piece has rows; a sum over all labels is divided already.
-                self.current_gradient_accumulation_steps = accumulation * rows / min(size, rows - start)
-                loss = step(model, piece, num_items_in_batch)
-                total = loss if total is None else total + loss
+            return step(model, piece, num_items_in_batch)
         finally:
             self.current_gradient_accumulation_steps = accumulation
-        assert total is not None
-        return total
 
 
 def _num_rows(inputs: Any) -> int:

@@ -20,7 +20,7 @@ from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.logs import GlobalCount
 from hf_edit.trainer.progress import GlobalSteps
-from hf_edit.trainer.world import generators_of, modules_of
+from hf_edit.trainer.world import generators_of, modules_of, num_targets
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
@@ -170,20 +170,3 @@ class TrainerStep(_TrainerToBe):
         self._flos.confirm(float(record.plan.tallies["flos"].sum()))
         self.state.total_flos = self._flos.value
         self.state.num_input_tokens_seen = round(self._input_tokens.value)
-
-
-def num_targets(batch: Any, shifted: bool) -> Tensor | None:
-    """Labels in `batch` that a loss counts, as the Trainer counts them, a scalar; None if it has no such labels.
-
-    Args:
-        batch: what the data collator made: a dict with "labels" (or "shift_labels") [..., L], -100 where there is none.
-        shifted: the first of the "labels" is no target.
-    """
-    if not isinstance(batch, Mapping):
-        return None
-    labels = batch.get("shift_labels")
-    if labels is None:
-        labels = batch.get("labels")
-        if shifted and isinstance(labels, Tensor):
-            labels = labels[..., 1:]
-    return labels.ne(-100).sum() if isinstance(labels, Tensor) else None

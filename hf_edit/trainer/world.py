@@ -258,3 +258,20 @@ def check_generation(args: Any, layout: Layout, warmup_steps: int) -> None:
             f"counted over all replicas (each is used in {uses} batches, a step takes "
             f"{args.gradient_accumulation_steps}). End it where new ones are generated."
         )
+
+
+def num_targets(batch: Any, shifted: bool) -> Tensor | None:
+    """Labels in `batch` that a loss counts, as the Trainer counts them, a scalar; None if it has no such labels.
+
+    Args:
+        batch: what the data collator made: a dict with "labels" (or "shift_labels") [..., L], -100 where there is none.
+        shifted: the first of the "labels" is no target.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    labels = batch.get("shift_labels")
+    if labels is None:
+        labels = batch.get("labels")
+        if shifted and isinstance(labels, Tensor):
+            labels = labels[..., 1:]
+    return labels.ne(-100).sum() if isinstance(labels, Tensor) else None

@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.generation.utils import GenerationMixin
 
 from hf_edit.peers.layout import Layout
-from hf_edit.trainer.step import num_targets
 from hf_edit.trainer.world import (
     COLLECTIVES,
     ReplicaAccelerator,
@@ -25,6 +24,7 @@ from hf_edit.trainer.world import (
     check_generation,
     generators_of,
     modules_of,
+    num_targets,
 )
 
 PEERS: Any = SimpleNamespace(
