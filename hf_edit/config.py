@@ -107,7 +107,7 @@ class EDiTConfig:
     averaging: Literal["mean", "length"] = _knob(
         "mean",
         'How pseudo-gradients are averaged: "mean", or "length" (direction of the mean, length of the mean of their '
-        "lengths, by unit: replicas that point different ways shorten the mean).",
+        "lengths, by unit: replicas that point different ways shorten the mean; at most times R).",
     )
     sync_moments: Literal["none", "first", "both"] = _knob(
         "none",

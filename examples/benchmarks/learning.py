@@ -9,14 +9,15 @@
     python examples/benchmarks/learning.py --block 256 --base base --lora --steps 160 --warmup 0 \\
         --train_file train.jsonl --validation_file test.jsonl --json finetuning.jsonl
 
-Trains the byte-level Llama of convergence.py. The first seed of a method runs through the learning rates, the others
-take the best of them; synchronous training does so too, with either optimizer. --json keeps each finished training.
-The third command makes a model, which the fourth one fine-tunes on instructions and answers.
+Trains the byte-level Llama of convergence.py, every method with every learning rate and seed, synchronous training with
+either optimizer too; a method's best rate is that of the lowest mean. --json keeps each finished training. The third
+command makes a model, which the fourth one fine-tunes on instructions and answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,7 @@ def parse() -> argparse.Namespace:
         help=f"of {', '.join(METHODS)}")  # fmt: skip
     add("--optimizers", nargs="+", choices=RATES, default=list(RATES), help="inside")
     add("--learning_rates", nargs="+", type=float, help="of every optimizer; None: three of its own, times 1.5 apart")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of model and data order; the first finds the rate")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of model and data order")
     add("--timeout", type=float, default=1800.0, help="seconds that one training may take")
     add("--quick", action="store_true", help="one seed and a few steps, to see that it works")
     size = parser.add_argument_group("model and training").add_argument
@@ -119,16 +120,10 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def wanted(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[tuple[str, str, int, float]]:
-    """What is not in `results` yet: first all rates of the first seed, then the best one of the others."""
-    first, *others = arguments.seeds
-    cells = [(optimizer, method) for method in arguments.methods for optimizer in arguments.optimizers]
-    for optimizer, method in cells:
+    """What is not in `results` yet. Seeds are the outermost, so that an early table compares all methods."""
+    for seed, method, optimizer in itertools.product(arguments.seeds, arguments.methods, arguments.optimizers):
         for rate in arguments.learning_rates or RATES[optimizer]:
-            if not runs_of(results, optimizer, method, rate, first):
-                yield optimizer, method, first, rate
-    for seed in others:
-        for optimizer, method in cells:
-            if not runs_of(results, optimizer, method, rate := best_rate(results, optimizer, method), seed):
+            if not runs_of(results, optimizer, method, rate, seed):
                 yield optimizer, method, seed, rate
 
 
@@ -161,11 +156,12 @@ def runs_of(
 
 
 def best_rate(results: dict[str, Any], optimizer: str, method: str) -> float:
-    """Of the seed that has run with most."""
-    runs = runs_of(results, optimizer, method)
-    seeds = [run["seed"] for run in runs]
-    first = max(seeds, key=lambda seed: (seeds.count(seed), -seed))
-    return float(min((run for run in runs if run["seed"] == first), key=lambda run: run["loss"])["learning_rate"])
+    """That of the lowest mean, of those that have run with most seeds."""
+    losses: dict[float, list[float]] = {}
+    for run in runs_of(results, optimizer, method):
+        losses.setdefault(run["learning_rate"], []).append(run["loss"])
+    most = max(map(len, losses.values()))
+    return min((rate for rate in losses if len(losses[rate]) == most), key=lambda rate: statistics.fmean(losses[rate]))
 
 
 def best_runs(results: dict[str, Any], optimizer: str, method: str) -> dict[int, float]:
@@ -206,7 +202,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """The loss over the learning rate, of the seed that has run with most."""
+    """The mean loss over the learning rate."""
     figure, axes = subplots(1, len(RATES))
     for axis, optimizer in zip(axes, RATES, strict=True):
         for method in METHODS:

@@ -29,7 +29,7 @@ class Lengths:
 
     def measure(self, run: Running, place: int, average: Tensor) -> None:
         """Of this rank's part of a unit's average."""
-        run.samples[place] = sample = average[:: -(-average.numel() // SAMPLE)].clone()
+        run.samples[place] = sample = average[:: max(1, -(-average.numel() // SAMPLE))].clone()
         before = self._samples.get(run.units[place])
         products = sample.new_zeros(3, dtype=torch.float64)
         if before is not None:
@@ -47,7 +47,9 @@ class Lengths:
         if length:
             plan = run.decided
             means = torch.stack([kept_length(plan.norms[place], plan.weights[place]) for place in places])
-            factors = means.to(norms.device, non_blocking=True) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+            # Replicas that point nowhere in common leave a rest that says nothing, and is not to be blown up.
+            stretch = (means.to(norms.device, non_blocking=True) / norms).clamp(max=plan.norms.shape[1])
+            factors = stretch.where(norms > 0, 1.0)
         if wanted is not None:
             clips = clip_factor(norms * factors, wanted)
             run.clips.update(zip(places, clips.unbind(), strict=True))

@@ -88,10 +88,10 @@ class Moments:
                 continue
             own = local_part(state[moment.key])
             if before is None or not steps:
-                own.copy_(new)
+                own.copy_(new, non_blocking=True)
                 continue
             kept = moment.kept(self._optimizer.param_groups[moment.group], steps)
-            own.add_((new - old).to(own.device), alpha=kept)
+            own.add_(new.to(own.device, non_blocking=True) - old.to(own.device, non_blocking=True), alpha=kept)
             if moment.key == "exp_avg_sq":
                 own.clamp_(min=0.0)  # what rounding could bring below
         if self._bounded:

@@ -148,7 +148,8 @@ def simulate(
                 size = math.sqrt(sum(float(mixed[n].double().square().sum()) for n in names))
                 if averaging == "length":
                     length = sum(w / sum(raw) * norms[i] for w, i in zip(raw, good, strict=True))
-                    mixed, size = {n: length / size * g for n, g in mixed.items()}, length
+                    stretch = min(length / size, num_replicas)
+                    mixed, size = {n: stretch * g for n, g in mixed.items()}, stretch * size
                 beta = 1.0 if clip is None else min(1.0, clip / (size + 1e-6))
                 for n, key in itertools.product(names, moments if with_moments else ()):
                     each = [optimizers[i].state[params[i][n]][key] for i in range(num_replicas)]

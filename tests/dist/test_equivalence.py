@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.schedule import fragments
-from hf_edit.peers.layout import ring_bytes
+from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.peers.layout import Layout, ring_bytes
+from hf_edit.sync.engine import Engine
 from hf_edit.sync.overlap import Delayed, at_once
-from tests.dist.nets import UNITS, Net, Run, batch, make_optimizer, train
+from tests.dist.nets import UNITS, Net, Run, batch, make_optimizer, shard, train
 from tests.dist.reference import simulate
 from tests.dist.threads import run_ranks
 
@@ -377,6 +379,36 @@ def test_moments_that_are_not_known_are_refused(optimizer: str) -> None:
         runs(2, 1, EDiTConfig(sync_interval=2, sync_moments="first"), 2, optimizer=optimizer)
 
 
+@pytest.mark.parametrize("opposite", [True, False])
+def test_an_average_of_nothing_in_common_stays_short(opposite: bool) -> None:
+    """Two replicas that took the same way, or opposite ones: the length of the mean is kept, or there is none."""
+    config = EDiTConfig(sync_interval=1, averaging="length", outer_optimizer="none", **{**PLAIN, "outer_momentum": 0.8})
+
+    def body(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+        layout = Layout.split(2, 2, rank)
+        model = shard(Net(), layout)
+        engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), config, ProcessGroupPeers(layout, 30.0))
+        before = [part.clone() for unit in engine.units for part in unit.parts()]
+        with torch.no_grad():
+            for param in model.parameters():
+                param.add_(0.25 if opposite and rank else -0.25)
+        engine.step()
+        engine.flush()
+        engine.before_optimizer_step()
+        return before, [part.clone() for unit in engine.units for part in unit.parts()]
+
+    for before, after in run_ranks(2, body):
+        for old, new in zip(before, after, strict=True):
+            torch.testing.assert_close(new, old if opposite else old - 0.25)
+
+
+def test_a_rank_without_a_row_of_a_unit_syncs_too() -> None:
+    """More ranks than a unit's matrices have rows."""
+    for run in runs(1, 12, EDiTConfig(sync_interval=2, averaging="length", sync_moments="both"), 4):
+        assert len(run.records) == 2
+        assert math.isfinite(run.records[1].pseudo_grad_cosine)
+
+
 def test_the_cosine_of_successive_averages() -> None:
     """With the plain average, an average is the difference of two anchors; whatever the shards and the overlap."""
     config = EDiTConfig(sync_interval=2, outer_optimizer="none", overlap="none", max_pseudo_grad_norm=None)
@@ -451,9 +483,9 @@ def test_all_replicas_hold_the_same_bits_after_every_sync() -> None:
     runs(3, 2, config, before_step=keep)
     assert len(bits) == 6
     assert len(bits[0]) == 5, "before steps 0, 1 and 2 (warm-up), 5 and 8 (syncs)"
-    for shard in (0, 1):
-        for other in (2 + shard, 4 + shard):
-            for mine, theirs in zip(bits[shard], bits[other], strict=True):
+    for first in (0, 1):
+        for other in (2 + first, 4 + first):
+            for mine, theirs in zip(bits[first], bits[other], strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
