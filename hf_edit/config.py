@@ -28,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "co2": {"outer_warmup_syncs": 0, "outer_optimizer": "sgd", "outer_lr": 1.0, "outer_momentum": 0.2,
             "overlap": "delayed", **UNIFORM},
     "post-local-sgd": {"outer_optimizer": "none", **UNIFORM},
+    "muon": {"outer_optimizer": "none", "sync_moments": "both"},
 }  # fmt: skip
 
 
@@ -277,7 +278,9 @@ class EDiTConfig:
         fragments, 4 bits (whole numbers with error feedback, not its floats) and delayed, where what is learnt
         meanwhile is kept as a whole, not mixed; "co2" (arXiv 2401.16265) an outer step that is one interval late, its
         outer state sharded as CO2*'s is, without staleness penalty and clipping of the momentum; "post-local-sgd"
-        (arXiv 1808.07217) averages the parameters.
+        (arXiv 1808.07217) averages the parameters. "muon", for `hf_edit.muon` inside, is EDiT with the average itself in
+        the place of an outer step, and the inner moments averaged, too: what served Muon best
+        (examples/benchmarks/README.md).
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r}: one of {', '.join(map(repr, PRESETS))} is needed.")

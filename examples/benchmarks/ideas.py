@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from lib.bench import markdown_table
 from lib.convergence_job import Job
-from lib.convergence_worker import build_model, read_rows
 from lib.results import add_run, open_results, read_results
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
@@ -164,7 +163,10 @@ class Training:
     """All replicas' tensors, the first axis being the replica."""
 
     def __init__(self, idea: Idea, job: Job) -> None:
+        from lib.convergence_worker import build_model, read_rows  # which tells Accelerate to stay on the CPU
+
         self.idea, self.job = idea, job
+        self.texts = {validation: read_rows(job, validation) for validation in (False, True)}
         self.count = 1 if idea.together else job.num_replicas
         self.batch = job.batch * job.num_replicas // self.count
         torch.manual_seed(job.seed)
@@ -184,7 +186,7 @@ class Training:
 
     def run(self) -> dict[str, float]:
         """The final loss, and what was seen."""
-        rows, job = read_rows(self.job, validation=False).rows, self.job
+        rows, job = self.texts[False].rows, self.job
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(job.seed))
         size, since = job.batch * job.num_replicas, 0
         for step in range(job.steps):
@@ -290,7 +292,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        rows = read_rows(self.job, validation=True).spread(self.job.validation_blocks).rows
+        rows = self.texts[True].spread(self.job.validation_blocks).rows
         params = {name: param[0] for name, param in self.params.items()}
         return statistics.fmean(
             float(self.loss(params, torch.from_numpy(part).long())) for part in rows.reshape(8, -1, rows.shape[1])

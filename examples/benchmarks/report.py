@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import gpu
+import ideas
+import learning
 import overhead
 import peers
 import slow_network
@@ -54,6 +56,9 @@ def table(name: str) -> str:
         "traffic": traffic.table,
         "tuning": tuning.table,
         "overhead": overhead.table,
+        "learning": learning.table,
+        "finetuning": learning.table,
+        "ideas": ideas.table,
         "convergence": lambda results: convergence_report.scenario_table(results, scenario),
     }
     kinds = [kind for kind in makers if file == kind or file.startswith(kind + "_")]

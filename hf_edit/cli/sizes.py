@@ -70,12 +70,14 @@ def memory_bytes(config: EDiTConfig, sizes: Sequence[int], num_ranks: int) -> di
         num_ranks: of a replica, over which they are sharded.
     """
     whole, largest = 4 * sum(sizes) / num_ranks, 4 * max(sizes) / num_ranks
-    coded = config.compression != "none"  # a residual is kept, and the next one beside the sum until a sync is applied
+    # A residual is kept, and the next one beside the sum until a sync is applied; "auto" may come to codes at any time.
+    coded = config.compression != "none" or config.tune == "auto"
     at_a_time = config.units_in_flight + coded
     flying = 4 * max(sum(sizes[i : i + at_a_time]) for i in range(len(sizes))) / num_ranks
     kept = 1 + keeps_momentum(config)
     more = coded + moments(config)
-    buffers = {"none": whole * (1 + more), "forward": flying * (1 + more), "delayed": 2 * largest}[config.overlap]
+    at_begin = (2 + moments(config)) * largest  # what is read, and is on its way to the host
+    buffers = {"none": whole * (1 + more), "forward": flying * (1 + more), "delayed": at_begin}[config.overlap]
     if config.offload_outer_state:  # comes to the device for a unit's step
         buffers += kept * largest
     state, host = kept * whole, (2 + 2 * more) * whole if config.overlap == "delayed" else 0.0

@@ -171,6 +171,9 @@ def test_units_are_the_trainings(model: str) -> None:
         ({"compression": "int8"}, 1200, 2 * 320, 0),  # of three neighbours the sums, and what is left out beside
         ({"compression": "int8", "overlap": "none"}, 1200, 800, 0),
         ({"compression": "int8", "overlap": "delayed"}, 800, 240, 1600),
+        ({"tune": "auto", "overlap": "delayed"}, 800, 240, 1600),  # may come to codes
+        ({"sync_moments": "both"}, 800, 3 * 200, 0),
+        ({"sync_moments": "first", "overlap": "delayed"}, 800, 3 * 120, 1600),
     ],
 )
 def test_memory_on_paper(settings: dict[str, Any], state: int, buffers: int, host: int) -> None:
