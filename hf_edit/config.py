@@ -278,8 +278,8 @@ class EDiTConfig:
         fragments, 4 bits (whole numbers with error feedback, not its floats) and delayed, where what is learnt
         meanwhile is kept as a whole, not mixed; "co2" (arXiv 2401.16265) an outer step that is one interval late, its
         outer state sharded as CO2*'s is, without staleness penalty and clipping of the momentum; "post-local-sgd"
-        (arXiv 1808.07217) averages the parameters. "muon", for `hf_edit.muon` inside, is EDiT with the average itself in
-        the place of an outer step, and the inner moments averaged, too: what served Muon best
+        (arXiv 1808.07217) averages the parameters. "muon", for `hf_edit.muon` inside, is EDiT that takes the average
+        itself for an outer step, and averages the inner moments, too: what served Muon best
         (examples/benchmarks/README.md).
         """
         if name not in PRESETS:

@@ -107,6 +107,8 @@ def test_presets() -> None:
     assert EDiTConfig.preset("co2").delay_steps == 128
     streaming = EDiTConfig.preset("streaming-diloco", sync_interval=64)
     assert (streaming.fragments, streaming.compression, streaming.outer_momentum) == (4, "int4", 0.9)
+    muon = EDiTConfig.preset("muon")
+    assert (muon.outer_optimizer, muon.sync_moments, muon.weighting) == ("none", "both", "norm")
     with pytest.raises(ValueError, match=r"preset 'adam': one of 'edit', .*, 'post-local-sgd'"):
         EDiTConfig.preset("adam")
 
