@@ -95,7 +95,7 @@ def run(name: str, replicas: int, source: str) -> Any:
     assert losses[-1] < losses[-2], losses
     if source:
         both = replicas > 1 and len(list((FOLDER / source).glob("state-*.pt"))) > 1
-        expected = {"param", "inner", *(("anchor", "outer", "syncs") if both else ())}
+        expected = {"param", "inner", *(("anchor", "outer", "syncs", "rates") if both else ())}
         assert compare.compared == expected, compare.compared
     if dist.get_rank() == 0:
         print(f"passed: {name} {trainer.edit_layout} from {source or 'nothing'}: {sorted(compare.compared)} {losses}")
