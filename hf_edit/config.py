@@ -279,8 +279,7 @@ class EDiTConfig:
         meanwhile is kept as a whole, not mixed; "co2" (arXiv 2401.16265) an outer step that is one interval late, its
         outer state sharded as CO2*'s is, without staleness penalty and clipping of the momentum; "post-local-sgd"
         (arXiv 1808.07217) averages the parameters. "muon", for `hf_edit.muon` inside, is EDiT that takes the average
-        itself for an outer step, and averages the inner moments, too: what served Muon best
-        (examples/benchmarks/README.md).
+        (with the default outer step Muon learns less, examples/benchmarks/README.md) and averages the inner moments.
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r}: one of {', '.join(map(repr, PRESETS))} is needed.")

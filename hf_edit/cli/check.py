@@ -165,7 +165,9 @@ def _check(arguments: argparse.Namespace, findings: Findings) -> list[str]:
             model = build_model(model_config(arguments.model))
             sizes = unit_sizes(model)
     if model is not None and config.fragments > len(sizes):
-        findings.refusals.append(f"fragments={config.fragments}, but the model has {len(sizes)} units.")
+        findings.refusals.append(
+            f"fragments={config.fragments}, but the model has {len(sizes)} units: set it to at most that many."
+        )
     layout = find_layout(launch, config, model, findings)
     if layout is None:
         return []

@@ -82,7 +82,8 @@ class Engine:
         self._choose_ways(runner)
         if config.sync_interval_end is not None and last_step is None:
             raise ValueError(
-                "sync_interval_end: this training does not know how long it is. Leave it out, or use EDiTTrainer."
+                f"sync_interval_end={config.sync_interval_end}: a straight line over the steps needs their number, "
+                "which a loop of one's own does not tell. Leave it out, or use EDiTTrainer."
             )
         self._last_step = last_step
         self.set_interval()

@@ -33,7 +33,8 @@ class Moment:
 
 
 class Moments:
-    """
+    """The moments of each unit on this rank, read and written as one flat tensor.
+
     Args:
         optimizer: torch's, or as Accelerate prepared it.
         choice: of EDiTConfig's `sync_moments`, not "none".
