@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
+from hf_edit.peers.elastic import ElasticPeers
 from hf_edit.peers.group import Peers
 from hf_edit.sync.units import local_part, named_tensors, unwrap
 
@@ -22,16 +25,23 @@ class Buffers:
 
     def __init__(self, model: nn.Module, peers: Peers) -> None:
         self._peers = peers
-        self._tensors = list(named_tensors(model)[1].values())
-        self._seen = [tensor.clone() for tensor in self._tensors]
+        self.tensors = list(named_tensors(model)[1].values())
+        self._seen = [tensor.clone() for tensor in self.tensors]
         self._said = False
 
     def changed(self) -> Tensor | float:
         """1 if any has changed on this rank since the last sync, else 0."""
-        if not self._tensors:
+        if not self.tensors:
             return 0.0
-        pairs = zip(self._tensors, self._seen, strict=True)
+        pairs = zip(self.tensors, self._seen, strict=True)
         return torch.stack([tensor.ne(seen).any() for tensor, seen in pairs]).any().double()
+
+    @torch.no_grad()
+    def take(self, values: Sequence[Tensor]) -> None:
+        """They become `values`, as of the last sync."""
+        for tensor, seen, value in zip(self.tensors, self._seen, values, strict=True):
+            tensor.copy_(value)
+            seen.copy_(value)
 
     @torch.no_grad()
     def follow(self, replica: int | None) -> None:
@@ -40,9 +50,11 @@ class Buffers:
         if replica and not self._said and self._peers.layout.rank == 0:
             self._said = True
             logger.warning("EDiT: the buffers follow replica %d, the first that went right in every unit.", replica)
-        for tensor, seen in zip(self._tensors, self._seen, strict=True):
+        for tensor, seen in zip(self.tensors, self._seen, strict=True):
             if replica is not None:
                 self._peers.broadcast_to_all(tensor, replica)
+                if isinstance(self._peers, ElasticPeers) and self._peers.failed:
+                    return  # they have changed still, so all follow one at the next sync
                 broken = (seen.isfinite() & ~tensor.isfinite()).any()
                 seen.copy_(torch.where(broken, seen, tensor))
             tensor.copy_(seen)
@@ -62,6 +74,10 @@ def check_agreement(model: nn.Module, config: EDiTConfig, peers: Peers) -> None:
     versions = installed_versions()
     mine = {**config.to_dict(), **versions, "model": hashlib.sha256(repr(shapes).encode()).hexdigest()}
     everyone: list[dict[str, Any]] = peers.gather_object(mine)
+    if isinstance(peers, ElasticPeers):  # they compare it when they meet
+        mine["ranks"] = peers.layout.replica_size
+        mine = {name: value for name, value in mine.items() if name not in ("torch", "transformers", "accelerate")}
+        peers.settings = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     differing = {
         name: {rank: other.get(name) for rank, other in enumerate(everyone)}
         for name in dict.fromkeys(name for other in everyone for name in other)
@@ -89,7 +105,7 @@ def make_replicas_equal(model: nn.Module, peers: Peers) -> None:
     """Every replica takes replica 0's trainable parameters and buffers where digests show that they differ."""
     model = unwrap(model)
     named = [*model.named_parameters(), *model.named_buffers()]
-    digests = torch.stack([_digest(local_part(tensor)) for _, tensor in named])
+    digests = torch.stack([digest(local_part(tensor)) for _, tensor in named])
     table = peers.gather(peers.inside.sum(digests.flatten()))().view(peers.num_replicas, -1, 2)
     differing = (table != table[0]).any(dim=2).any(dim=0).tolist()
     names = [name for (name, _), differs in zip(named, differing, strict=True) if differs]
@@ -110,7 +126,7 @@ def make_replicas_equal(model: nn.Module, peers: Peers) -> None:
     )  # fmt: skip
 
 
-def _digest(tensor: Tensor) -> Tensor:
+def digest(tensor: Tensor) -> Tensor:
     """Two int64 [2] that change with any bit of `tensor` and with the order of its elements."""
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     words = raw.view(torch.int32) if raw.numel() % 4 == 0 else raw
