@@ -7,8 +7,10 @@ its own data.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from hf_edit.config import EDiTConfig
+from hf_edit.peers.elastic import lighthouse_of_this_launch, replica_of_this_launch
 from hf_edit.peers.layout import Layout, default_num_replicas
+from hf_edit.peers.lighthouse import torchft
 from hf_edit.sync.units import is_prepared
 from hf_edit.trainer.checks import (
     check_axes,
@@ -80,6 +84,8 @@ def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
         ValueError: what was given, what is allowed, what to do.
     """
     check_launcher(args)
+    if config.elastic:
+        return _elastic_layout(args, config, model)
     if args.world_size == 1:
         return Layout.split(1, config.num_replicas or 1, 0)
     given = _given_parallelism(args)
@@ -101,6 +107,24 @@ def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
     return layout
 
 
+def _elastic_layout(args: Any, config: EDiTConfig, model: Any) -> Layout:
+    """Of a launch that is one replica."""
+    lighthouse_of_this_launch()
+    torchft()
+    assert config.num_replicas is not None
+    replica, size = replica_of_this_launch(config.num_replicas), args.world_size
+    check_sharding(args, model)
+    if (given := _given_parallelism(args)) is not None:
+        check_axes(given, args, check_product=True)
+    if size > 1 and not wants_fsdp(args):
+        raise ValueError(
+            f"elastic=True, and this launch has {size} processes: it is one replica, whose ranks need FSDP2, but FSDP "
+            "is off. Set fsdp=True in TrainingArguments (or take an Accelerate config with fsdp_version: 2), or launch "
+            "one process."
+        )
+    return Layout(config.num_replicas, size, replica * size + args.process_index)
+
+
 def _given_parallelism(args: Any) -> ParallelismConfig | None:
     """Accelerate's axes, from TrainingArguments or its config file."""
     if args.parallelism_config is None and flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
@@ -108,19 +132,22 @@ def _given_parallelism(args: Any) -> ParallelismConfig | None:
     return args.parallelism_config
 
 
-def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout) -> dict[str, Any]:
+def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout, elastic: bool = False) -> dict[str, Any]:
     """The arguments of `Accelerator` for `layout`, from those that the Trainer built."""
     on_cpu = args.device.type == "cpu"
+    if elastic:
+        if layout.replica_size > 1:
+            check_plugin(built.get("fsdp_plugin") or FullyShardedDataParallelPlugin())
+        elif wants_fsdp(args):
+            return _without_fsdp(built, args)
+        layout = layout.alone
     plain = layout.num_replicas == 1 and not (on_cpu and fsdp_version(args) == 2)
     if not wants_fsdp(args) or args.world_size == 1 or plain:
         if layout.num_replicas > 1:
             built["parallelism_config"] = None
         return built
     if layout.replica_size == 1:
-        # Nothing to shard: DDP. The Trainer must not see FSDP either, hence the arguments and the variable.
-        args.fsdp, args.fsdp_plugin_args = None, None
-        os.environ["ACCELERATE_USE_FSDP"] = "false"
-        return {**built, "fsdp_plugin": None, "parallelism_config": None}
+        return _without_fsdp(built, args)
     plugin = built.get("fsdp_plugin") or FullyShardedDataParallelPlugin()
     if layout.num_replicas > 1:
         check_plugin(plugin)
@@ -130,6 +157,13 @@ def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout) -
         cpu_fsdp_plugin=plugin if on_cpu else None,
     )
     return {**built, "fsdp_plugin": plugin, "parallelism_config": parallelism}
+
+
+def _without_fsdp(built: dict[str, Any], args: Any) -> dict[str, Any]:
+    """Nothing to shard: DDP. The Trainer must not see FSDP either, hence the arguments and the variable."""
+    args.fsdp, args.fsdp_plugin_args = None, None
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    return {**built, "fsdp_plugin": None, "parallelism_config": None}
 
 
 def saves_sharded(accelerator: Accelerator) -> bool:
@@ -176,10 +210,47 @@ def check_accelerator(accelerator: Accelerator, layout: Layout) -> None:
         )
 
 
-class _LoopAccelerator(Accelerator):
-    """Looks at a model before it is sharded, as `EDiTTrainer.train` does."""
+class PlacedAccelerator(Accelerator):
+    """An `Accelerator` that can prepare data loaders for more processes than its world has."""
+
+    _place: Layout | None = None
+
+    @contextlib.contextmanager
+    def among_all(self, layout: Layout) -> Iterator[None]:
+        """Inside, a data loader is prepared as if all replicas of `layout` were processes of one world."""
+        outside, self._place = self._place, layout
+        try:
+            yield
+        finally:
+            self._place = outside
+
+    @property
+    def num_processes(self) -> int:
+        place = self._place
+        return super().num_processes if place is None else place.num_replicas * place.replica_size
+
+    @property
+    def process_index(self) -> int:
+        return super().process_index if self._place is None else self._place.rank
+
+    @property
+    def torch_device_mesh(self) -> Any:
+        # Of a mesh, Accelerate would take how many processes read the data, and there it has one replica alone.
+        return super().torch_device_mesh if self._place is None else None
+
+
+class _LoopAccelerator(PlacedAccelerator):
+    """Looks at a model before it is sharded, as `EDiTTrainer.train` does; of replicas that are launches of their own,
+    each reads its part of the data."""
 
     edit_layout: Layout
+    elastic: bool
+
+    def prepare_data_loader(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.elastic:
+            return super().prepare_data_loader(*args, **kwargs)
+        with self.among_all(self.edit_layout):
+            return super().prepare_data_loader(*args, **kwargs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         if self.edit_layout.num_replicas > 1 and self.is_fsdp2:
@@ -209,9 +280,10 @@ def make_accelerator(config: EDiTConfig, settings: dict[str, Any]) -> Accelerato
     layout = plan_layout(args, config)
     if layout.num_replicas > 1:
         read_everywhere(data)
-    accelerator = _LoopAccelerator(**replica_accelerator_args({**settings, "dataloader_config": data}, args, layout))
-    check_accelerator(accelerator, layout)
-    accelerator.edit_layout = layout
+    built = replica_accelerator_args({**settings, "dataloader_config": data}, args, layout, config.elastic)
+    accelerator = _LoopAccelerator(**built)
+    check_accelerator(accelerator, layout.alone if config.elastic else layout)
+    accelerator.edit_layout, accelerator.elastic = layout, config.elastic
     return accelerator
 
 

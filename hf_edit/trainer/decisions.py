@@ -59,6 +59,12 @@ class TrainerDecisions(_TrainerToBe):
         alone = self.pop_callback(JITCheckpointCallback)
         if alone is not None:
             alone.on_train_end(self.args, self.state, self.control)  # gives the signal back
+            if self.edit_config.elastic:
+                self._say_once(
+                    "enable_jit_checkpoint has no effect with elastic: the others train on, with what they know of a "
+                    "replica that ends."
+                )
+                return
             self._jit = JointJITCheckpoint()
             self._jit.set_trainer(self)
             self.add_callback(self._jit)
@@ -154,7 +160,8 @@ class TrainerDecisions(_TrainerToBe):
             return engine.drain()
         if move.name == "leave":
             return engine.leave(requests)
-        return engine.flush(requests, leaving=move.leaving)
+        # Of replicas that come and go, one may have joined behind the sync at which this was decided.
+        return engine.flush(requests, leaving=move.leaving or self.edit_config.elastic)
 
     def _receive(self, requests: set[str] | None, by_progress: bool = False) -> None:
         """What any rank asked for, and with A-EDiT what falls due by the steps that they reported."""

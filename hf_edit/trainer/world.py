@@ -36,6 +36,7 @@ from transformers.generation.utils import GenerationMixin
 
 from hf_edit.peers.group import Peers
 from hf_edit.peers.layout import Layout
+from hf_edit.trainer.accelerate_hook import PlacedAccelerator
 
 # Functions of accelerate.utils that reach the whole world.
 COLLECTIVES = (
@@ -107,7 +108,7 @@ class ReplicaWorld:
         return float(self._inside.sum(torch.tensor(float(not this_peer_finished), device=device))) > 0
 
 
-class ReplicaAccelerator(Accelerator):
+class ReplicaAccelerator(PlacedAccelerator):
     """An `Accelerator` whose world is one replica while it is `in_replica`, else the whole one."""
 
     _world: ReplicaWorld | None = None
