@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 10.0  # after which the first rank tells the others of its replica that it still waits
 SAY_AFTER_SECONDS = 30.0
+MADE_ANEW = "made anew after healing"
 ERROR_LENGTH = 200  # of what is shown of an error's text
 HEALING_BYTES_PER_SECOND = 1e6  # at which state is expected to travel at least; the others wait for it meanwhile
 
@@ -75,6 +76,8 @@ class ElasticPeers:
         self._ops: list[_Op] = []
         self._error: str | None = None
         self._said_at = 0.0
+        self._timeout_seconds = timeout_seconds
+        self._failing_since: float | None = None  # since the last one that was carried out
 
     # -- a sync -------------------------------------------------------------------------------------------------------
 
@@ -83,6 +86,8 @@ class ElasticPeers:
         while True:
             if self.beside.count(self._error is not None):
                 self._drop()
+                if self._error != MADE_ANEW:
+                    self._give_up_if_none_succeeds()
             self._error = self.in_doubt = None
             meeting = self._checked(self._meet(sync - 1, patient, since))
             patient = meeting.must_look_again
@@ -142,11 +147,12 @@ class ElasticPeers:
         self.in_doubt = meeting.key if not heard and self.beside.count(complete) == self.beside.size else None
         if heard:
             self._commits.append(meeting.key)
+            self._failing_since = None
         else:
             self._fail(self._error or "it has failed on another rank of the replica")
         if meeting.stale:
             self._drop()  # it was made with more patience than the next sync should have
-            self._error = self._error or "made anew after healing"
+            self._error = self._error or MADE_ANEW
         return heard
 
     # -- healing ------------------------------------------------------------------------------------------------------
@@ -230,6 +236,18 @@ class ElasticPeers:
                 self._say(self._lighthouse.trouble or "no quorum yet: the others are training, or away", since)
             if (meeting := self.beside.tell(found)) is not None:
                 return cast(Meeting, meeting)
+
+    def _give_up_if_none_succeeds(self) -> None:
+        """Raises RuntimeError if for too long syncs have failed, though others were there."""
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        if now - self._failing_since > self._timeout_seconds:
+            others = [replica for replica in self._met.replicas if replica != self.replica] if self.meeting else []
+            raise RuntimeError(
+                f"Replica {self.replica} has not carried out a sync for {now - self._failing_since:.0f} s, though "
+                f"replicas {others} were there; the limit is sync_timeout_seconds. Can the hosts reach each other at "
+                f"any port? The last failure: {self._error}"
+            )
 
     def _say(self, why: str, since: float) -> None:
         now = time.monotonic()

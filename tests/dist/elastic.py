@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import hf_edit.method.membership as membership
 from hf_edit.config import EDiTConfig
+from hf_edit.method.membership import Meeting
 from hf_edit.peers.elastic import ElasticPeers
 from hf_edit.peers.layout import Layout
 from hf_edit.peers.lighthouse import serve
@@ -30,6 +31,7 @@ HEARTBEAT_SECONDS, STRAGGLER_SECONDS = 1.5, 1.0
 NEVER = "never"
 OTHER_SETTINGS = "other settings"
 OTHER_ANCHOR = "other anchor"
+UNREACHABLE = "unreachable"
 
 
 class Dying(ElasticPeers):
@@ -49,6 +51,12 @@ class Dying(ElasticPeers):
         if self.left == 0:
             self.note("dies", fault=fault)
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def _connect(self, meeting: Meeting) -> None:
+        if self.fault == UNREACHABLE:
+            self._fail("no connection to anybody")
+        else:
+            super()._connect(meeting)
 
     def begin(self, sync: int) -> list[int]:
         members = super().begin(sync)
@@ -109,8 +117,9 @@ def replica(number: int, fault: str, folder: Path) -> None:
         file.write(json.dumps({"what": what, "replica": number, "at": time.time(), **values}) + "\n")
         file.flush()
 
+    limit = 4.0 if fault == UNREACHABLE else 60.0
     peers = Dying(
-        Layout(config.num_replicas, 1, number), 60.0, HEARTBEAT_SECONDS, STRAGGLER_SECONDS, config.min_replicas,
+        Layout(config.num_replicas, 1, number), limit, HEARTBEAT_SECONDS, STRAGGLER_SECONDS, config.min_replicas,
         os.environ["TORCHFT_LIGHTHOUSE"], fault=fault, note=note,
     )  # fmt: skip
     model = Net(seed=number)  # the first meeting makes them equal

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hf_edit.config import EDiTConfig
-from tests.dist.elastic import HEARTBEAT_SECONDS, OTHER_ANCHOR, OTHER_SETTINGS, Replicas
+from tests.dist.elastic import HEARTBEAT_SECONDS, OTHER_ANCHOR, OTHER_SETTINGS, UNREACHABLE, Replicas
 from tests.dist.nets import train
 from tests.dist.threads import run_ranks
 
@@ -207,6 +207,15 @@ def test_replicas_with_other_anchors_stop_with_both_digests(make: Make) -> None:
     assert (first, other) == ("0", "1")
     assert own != theirs
     assert again == ("1", theirs, "0", own)
+
+
+def test_who_reaches_the_lighthouse_and_nobody_else_says_so(make: Make) -> None:
+    replicas = make(2, [0.02] * 2, sync_interval=4, overlap="none")
+    replicas.start(0)
+    replicas.start(1, UNREACHABLE)
+    assert replicas.processes[1].wait(timeout=60) == 1
+    assert re.search(r"Replica 1 has not carried out a sync for \d+ s, though replicas", replicas.outputs())
+    assert "The last failure: no connection to anybody" in replicas.outputs()
 
 
 def test_a_second_launch_takes_the_place_of_the_first(make: Make) -> None:
