@@ -152,6 +152,15 @@ class EDiTConfig:
         "weights follow the rows. The job's batch stays; a rank computes at most its per_device_train_batch_size at a "
         "time.",
     )
+    elastic: bool = _knob(
+        False,
+        "Each replica is a launch of its own (EDIT_REPLICA=0 ... num_replicas - 1), which may end and come back: the "
+        "others train on, and it is healed at a sync. They meet through a lighthouse (TORCHFT_LIGHTHOUSE=host:port).",
+    )
+    min_replicas: int = _knob(1, "Replicas that a sync needs with elastic; fewer wait.")
+    heartbeat_seconds: float = _knob(
+        5.0, "With elastic: a replica that is not heard of for so long is gone. As the lighthouse was told."
+    )
     offload_outer_state: bool = _knob(False, "Keep anchor and outer momentum in (pinned) host memory between syncs.")
     sync_timeout_seconds: float = _knob(
         600.0,
@@ -176,6 +185,7 @@ class EDiTConfig:
         self._check_triggers()
         for name in (
             "num_replicas",
+            "min_replicas",
             "max_consecutive_anomalies",
             "max_consecutive_spikes",
             "delay_steps",
@@ -190,7 +200,7 @@ class EDiTConfig:
             if not _is_int(getattr(self, name), at_least=0):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a whole number of at least 0 is needed.")
         for name in ("anomaly_threshold", "softmax_temperature", "max_pseudo_grad_norm", "outer_lr",
-                     "sync_timeout_seconds", "loss_spike_threshold"):  # fmt: skip
+                     "sync_timeout_seconds", "loss_spike_threshold", "heartbeat_seconds"):  # fmt: skip
             value = getattr(self, name)
             if value is None and name in ("anomaly_threshold", "max_pseudo_grad_norm"):
                 continue
@@ -210,7 +220,7 @@ class EDiTConfig:
         self._check_companions()
 
     def _check_companions(self) -> None:
-        for name in ("balance", "momentum_follows_lr", "offload_outer_state"):
+        for name in ("balance", "elastic", "momentum_follows_lr", "offload_outer_state"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: true or false is needed.")
         if self.tune != "off" and (self.overlap != "delayed" or self.sync_seconds is not None):
@@ -223,6 +233,32 @@ class EDiTConfig:
             raise ValueError(
                 f"balance=True and sync_seconds={self.sync_seconds}: the one gives slow replicas fewer rows, the other "
                 "fewer steps. Leave one of them out."
+            )
+
+        if self.elastic:
+            self._check_elastic()
+
+    def _check_elastic(self) -> None:
+        """What couples replicas, or needs all of them at one moment, cannot be had where each may be away."""
+        if self.num_replicas is None or self.num_replicas < 2 or self.min_replicas > self.num_replicas:
+            raise ValueError(
+                f"elastic=True with num_replicas={self.num_replicas}, min_replicas={self.min_replicas}: each launch is "
+                "one replica and must be told of how many it is. Set num_replicas to at least 2, and min_replicas to "
+                "at most that."
+            )
+        if self.overlap == "forward":
+            raise ValueError(
+                'elastic=True with overlap="forward": it writes unit by unit, and a sync that fails halfway could not '
+                'be taken back. Set overlap="delayed", or "none".'
+            )
+        wrong = {
+            "edit_warmup_steps": self.edit_warmup_steps > 0, "fragments": self.fragments > 1, "balance": self.balance,
+            "tune": self.tune != "off", "outer_optimizer": callable(self.outer_optimizer),
+        }  # fmt: skip
+        for name in (name for name, given in wrong.items() if given):
+            raise ValueError(
+                f"elastic=True with {name}={getattr(self, name)!r}, which counts on all replicas being here, or on "
+                f"state that cannot be sent. Leave {name} out."
             )
 
     def _check_triggers(self) -> None:

@@ -45,6 +45,11 @@ class Manifest:
     files: dict[str, int]
     format: int = FORMAT
 
+    def part_for(self, replica: int) -> int:
+        """Whose part replica number `replica` of a run takes: its own, or that of one in its place."""
+        wanted = replica % self.num_replicas
+        return wanted if wanted in self.parts else self.parts[replica % len(self.parts)]
+
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Raises OSError or ValueError where there is none that can be read."""

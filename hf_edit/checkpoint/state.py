@@ -42,6 +42,7 @@ class Training:
     optimizer: Any
     group: Any
     engine: Engine | None = None
+    elastic: bool = False
 
     @property
     def ranks(self) -> ReplicaRanks:
@@ -128,19 +129,27 @@ def load_inner(folder: Path, manifest: Manifest, training: Training) -> dict[str
     state, lost = templates(owners, saved_tensors(place), "", layout)
     read(state, place, training.group)
     unpack(optimizer, owners, state, "", rest, lost)
-    return read_host(folder, manifest, layout)
+    return read_host(folder, manifest, layout, training.elastic)
 
 
-def read_host(folder: Path, manifest: Manifest, layout: Layout) -> dict[str, Any]:
-    """The host values that this rank, or the one in its place, saved; "rank" is None in another layout."""
+def read_host(folder: Path, manifest: Manifest, layout: Layout, elastic: bool = False) -> dict[str, Any]:
+    """The host values that this rank, or the one in its place, saved; "rank" is None in another layout, and "totals"
+    are the steps that each replica had told of, [] if that is not known or of no use.
+
+    Args:
+        elastic: replicas come and go in this run.
+    """
     host: dict[str, Any] = _read_part(folder, manifest, layout)["host"]
     same = (layout.num_replicas, layout.replica_size) == (manifest.num_replicas, manifest.replica_size)
-    return host if same else {**host, "rank": None}
+    same = same and elastic == manifest.config.get("elastic", False)
+    progress = host["rank"].get("progress")
+    host["totals"] = progress["totals"] if same and progress else []
+    return host if same and manifest.part_for(layout.replica) == layout.replica else {**host, "rank": None}
 
 
 def _read_part(folder: Path, manifest: Manifest, layout: Layout) -> dict[str, Any]:
     shard = layout.shard if layout.replica_size == manifest.replica_size else 0
-    path = folder / host_part(layout.replica % manifest.num_replicas, shard)
+    path = folder / host_part(manifest.part_for(layout.replica), shard)
     if not path.is_file():
         raise ValueError(
             f"{path} is not there: this host sees only a part of the checkpoint. Put output_dir on a file system that "
@@ -161,7 +170,7 @@ def load_outer(folder: Path, manifest: Manifest, training: Training) -> None:
     rest = _read_part(folder, manifest, layout)["outer"]
     outer.load_outer(folder / EDIT_FOLDER / "outer", manifest, engine.sync, rest, training.ranks)
     engine.tuning.resume(manifest.config)
-    for replica in range(layout.replica, manifest.num_replicas, layout.num_replicas):
+    for replica in {*range(layout.replica, manifest.num_replicas, layout.num_replicas)} & {*manifest.parts}:
         outer.load_residuals((folder / host_part(replica, 0)).parent, engine.sync, training.ranks)
 
 

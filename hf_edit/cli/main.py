@@ -14,6 +14,7 @@ from typing import Any
 COMMANDS = {
     "plan": "what a network leaves of the speed, and which settings to take",
     "check": "what an Accelerate and an EDiT configuration give, before the training starts",
+    "lighthouse": "where replicas that come and go find each other",
     "report": "one page of one run or several, from what the Trainer has written",
 }
 

@@ -58,6 +58,7 @@ class Conductor:
 
     Args:
         by_time: replicas take different numbers of steps (A-EDiT).
+        apart: they are never all here, but at a sync.
 
     >>> conductor = Conductor()
     >>> conductor.arrive(Point())
@@ -71,6 +72,7 @@ class Conductor:
     """
 
     by_time: bool = False
+    apart: bool = False
     requests: set[str] = field(default_factory=set)  # of this rank, which the others do not know of yet
     stopping: bool = False  # decided: no step follows
     cutting: bool = False  # decided: the running epoch ends here
@@ -149,6 +151,8 @@ class Conductor:
         return at.last and not at.lockstep and (at.out_of_data or not self.by_time)
 
     def _why_all_are_here(self, at: Point) -> str:
+        if self.apart:
+            return ""
         if self._ask_again:
             return "all have done the same, and a callback may have asked for more"
         if at.epoch_ended and self._together:

@@ -150,16 +150,19 @@ class GlobalProgress:
         """A sync begins, which will tell the steps of all replicas up to now."""
         self.handed_over, self.own_steps = self.handed_over + self.own_steps, 0
 
-    def confirm(self, steps: Sequence[float], delay_steps: int = 0) -> None:
+    def confirm(self, steps: Sequence[float], delay_steps: int = 0, some_away: bool = False) -> None:
         """The replicas took `steps` [R] between the last two syncs' beginnings, and at most `delay_steps` own ones from
-        there to where each comes to know it."""
+        there to where each comes to know it. `some_away`: one without steps does not wait for the others, it is gone.
+        """
         estimates = [self._rate_of(i) * (count + delay_steps) for i, count in enumerate(steps)]
         self.furthest = self.confirmed + max(estimates)
         self.confirmed += sum(steps) / len(steps)
         self.at_apply = self.confirmed + delay_steps
         self.handed_over = 0
         self.totals = [old + new for old, new in zip(self.totals or [0.0] * len(steps), steps, strict=True)]
-        if min(steps) > 0:  # else one was waiting for the others, which says nothing of how fast it is
+        if some_away:
+            self.recent = list(steps) if max(steps) > 0 else self.recent
+        elif min(steps) > 0:  # else one was waiting for the others, which says nothing of how fast it is
             before = self.recent or [0.0] * len(steps)
             self.recent = [old / 2 + new for old, new in zip(before, steps, strict=True)]
 

@@ -86,6 +86,13 @@ class _Kept:
     def is_completed(self) -> bool:
         return bool(self.work.is_completed())
 
+    def let_go(self) -> None:
+        """Nothing of it is kept any more: what it holds keeps a connection open that others wait for the end of."""
+        with self.lock:
+            if self in self.alive:
+                self.alive.remove(self)
+        self.work, self._aliases = None, []
+
     def _give_up_memory(self) -> None:
         for given in self._aliases:
             for alias in given if isinstance(given, list) else [given]:
@@ -93,7 +100,7 @@ class _Kept:
         self._ended_at = time.monotonic()
 
     def _can_go(self) -> bool:
-        if self._ended_at is None and self.work.is_completed():  # given up without a wait
+        if self._ended_at is None and (self.work is None or self.work.is_completed()):  # given up without a wait
             self._give_up_memory()
         return self._ended_at is not None and time.monotonic() - self._ended_at > KEEP_SECONDS
 

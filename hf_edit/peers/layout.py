@@ -48,6 +48,11 @@ class Layout:
         """Index of this rank in its replica."""
         return self.rank % self.replica_size
 
+    @property
+    def alone(self) -> Layout:
+        """This replica, as a launch of its own has it: the one in its world."""
+        return Layout(1, self.replica_size, self.shard)
+
     def replica_ranks(self, replica: int) -> list[int]:
         return list(range(replica * self.replica_size, (replica + 1) * self.replica_size))
 

@@ -68,9 +68,26 @@ class Replica:
         run(dist.broadcast, bit, group=self._host_group, src=self._first)
         return bool(bit.item())
 
+    def tell(self, value: Any) -> Any:
+        """The first rank's `value`, which can be pickled, on all ranks; it travels in host memory."""
+        return gather_object(value, self.size, self._host_group)[0]
+
+    def count(self, fact: bool) -> int:
+        """On how many ranks it is so; asked in host memory."""
+        number = torch.tensor(int(fact))
+        if self.size > 1:
+            run(dist.all_reduce, number, group=self._host_group)
+        return int(number)
+
+    def sum_in_host(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor`, which is in host memory, over the ranks, in place."""
+        if self.size > 1:
+            run(dist.all_reduce, tensor, group=self._host_group)
+        return tensor
+
     def make_host_group(self) -> None:
-        """What `lead` needs. All ranks of the world call it together, before the first one."""
-        if self._host_group is self.group:
+        """What `lead`, `tell`, `count` and `sum_in_host` need. All ranks of the world call it together, before the first one."""
+        if self.group is not None and self._host_group is self.group:
             self._host_group = with_host(self.group, self._all_ranks, self._timeout)
 
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import REQUESTS
 from hf_edit.method.schedule import GlobalProgress, SyncSchedule, interval_at
+from hf_edit.peers.elastic import ElasticPeers
 from hf_edit.peers.group import Peers
 from hf_edit.sync.equality import Buffers, check_agreement, make_replicas_equal
 from hf_edit.sync.fragments import Fragments
+from hf_edit.sync.healing import Healing
 from hf_edit.sync.overlap import Blocking, Delayed, Forward, Runner, at_once, beside
 from hf_edit.sync.tuned import Tuning
 from hf_edit.sync.unit_sync import OuterSync
@@ -27,6 +29,7 @@ from hf_edit.sync.units import find_units, is_compiled, keep_gradients_local, re
 # replica's: training loss, tokens (for the throughput), tokens as the Trainer counts them, floating point operations.
 # The learning rate is summed over inner steps, where the outer momentum follows it.
 TALLIES = ("loss", "tokens", "input_tokens", "flos", "learning_rate")
+SHARED_PROGRESS = ("confirmed", "recent", "totals", "at_apply", "furthest")  # equal on all replicas
 # A replica whose training has ended waits for that many of its own intervals until all others come to their next sync.
 PATIENCE_INTERVALS = 10
 
@@ -42,6 +45,8 @@ class Engine:
         first_step: optimizer steps that were taken before, which count for the warm-up.
         on_begin: called when a sync begins and takes the tallies with it; what else this rank tells the others then,
             by names that are equal on all ranks and summed over a replica's.
+        on_heal, on_healed: what else a replica that lacks a sync is told (elastic), as JSON takes it, of the last sync;
+            and called with it on that one.
         last_step: global progress at which a sync is due whatever the time (A-EDiT); None: there is no end.
         clock: monotonic seconds.
         runner: what runs a delayed sync beside the training.
@@ -61,6 +66,8 @@ class Engine:
         first_step: int = 0,
         on_begin: Callable[[], dict[str, Tensor | float]] | None = None,
         last_step: int | None = None,
+        on_heal: Callable[[], dict[str, Any]] | None = None,
+        on_healed: Callable[[dict[str, Any]], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         runner: Runner[bool] = beside,
     ) -> None:
@@ -69,6 +76,7 @@ class Engine:
         self._model = model
         self._optimizer = optimizer
         self._on_begin = on_begin
+        self._on_heal, self._on_healed = on_heal, on_healed
         check_agreement(model, config, peers)
         self.units = find_units(model)
         self.fragments = Fragments(self.units, parts := config.fragments)
@@ -91,9 +99,12 @@ class Engine:
         self._clock = clock
         self._started_at = clock()
         self._all_arrived = False
-        if self.by_time or self._delay_steps:
+        if self.by_time or self._delay_steps or config.elastic:
             peers.make_host_groups()
-        make_replicas_equal(model, peers)
+        if isinstance(peers, ElasticPeers):
+            self.sync.healing = Healing(self.sync, optimizer, peers, self._tell_progress)
+        else:
+            make_replicas_equal(model, peers)
         self._buffers = Buffers(model, peers)
         if self.schedule.warming_up:
             start_averaging_gradients(model, peers.average)
@@ -105,10 +116,12 @@ class Engine:
         self._way = self._under_way = self._blocking = Blocking(self.sync)
         if self._delay_steps:
             self._way = Delayed(self.sync, runner)
-            if self.sync.device.type == "cuda":
+            if self.sync.device.type == "cuda" or self.config.elastic:
                 # A replica that is at a sync of all may meet others there that begin a delayed one: through the same
                 # process group, that of host memory.
                 self._under_way = self._blocking = Delayed(self.sync, at_once)
+        elif self.config.elastic:  # in host memory, as what a replica lacks is sent from there
+            self._way = self._under_way = self._blocking = Delayed(self.sync, at_once)
         elif self.config.overlap == "forward" and not is_compiled(self._model):
             # Hooks that come and go would have a compiled model traced anew for every sync.
             self._way = Forward(self.sync)
@@ -181,6 +194,9 @@ class Engine:
         agreed = None
         if self._delay_steps and self.sync.pending and self.schedule.interval_steps >= self._delay_steps:
             agreed = self._complete()
+            if agreed is None and self.config.elastic:  # with those that are left
+                self._begin(requests, self._way, whole=False)
+                return None
         if self._is_due(due):
             if self.sync.pending:  # by time, on a replica whose steps are long: it would keep the others waiting
                 agreed = self._complete()
@@ -189,10 +205,13 @@ class Engine:
             self._begin(requests, self._way, whole=False)
             if not self._delay_steps:
                 agreed = self._complete()
+            while agreed is None and self.config.elastic and not self._delay_steps:
+                self._begin(requests, self._way, whole=False)
+                agreed = self._complete()
         return agreed
 
     def _is_due(self, due: bool) -> bool:
-        if not self.by_time:
+        if not self.by_time and not self.config.elastic:
             return due
         if self._last_step is not None and not self.sync.pending:
             # A delayed sync is applied that much later, and the end is decided then.
@@ -258,6 +277,13 @@ class Engine:
             if (agreed := self._complete()) is not None:
                 return agreed
 
+    def join(self) -> set[str]:
+        """Comes to the others' next sync with nothing to tell, and has what they have behind it (elastic).
+
+        Result as of `step`.
+        """
+        return self._sync((), whole=True)
+
     def agree(self, requests: Collection[str]) -> set[str]:
         """What any rank wants, the same on all of them; all replicas call it at the same step."""
         return set().union(*self.peers.gather_object(set(requests)))
@@ -311,8 +337,9 @@ class Engine:
         try:
             plan = self._under_way.decide()
             members = self.sync.members
-            assert self.sync.running is not None
-            self.tuning.look(self.sync.running, plan.tallies)
+            run = self.sync.running
+            assert run is not None
+            self.tuning.look(run, plan.tallies)
             committed = self._under_way.carry_out(self.schedule.interval_steps)
         except RuntimeError:
             self._take_back()
@@ -322,13 +349,28 @@ class Engine:
             return None
         self.tuning.carried_out()
         shared = plan.tallies
-        self.progress.confirm([round(steps) for steps in shared["interval_steps"].tolist()], self._delay_steps)
+        if run.healed is not None:
+            self._take_progress(run.healed.more)
+        steps = [round(steps) for steps in shared["interval_steps"].tolist()]
+        self.progress.confirm(steps, self._delay_steps, some_away=self.config.elastic)
         self.set_interval()
         self._restart_timer()
         if float(shared["buffers"].sum()) > 0:
             self._buffers.follow(plan.sound_replica)
         self._all_arrived = float(shared["barrier"][members].min()) > 0
         return {name for name in REQUESTS if float(shared[name].sum()) > 0}
+
+    def _tell_progress(self) -> dict[str, Any]:
+        """What a replica that lacks a sync is told, which has not changed since the last one."""
+        more = {} if self._on_heal is None else self._on_heal()
+        return {"progress": {name: getattr(self.progress, name) for name in SHARED_PROGRESS}, **more}
+
+    def _take_progress(self, told: dict[str, Any]) -> None:
+        """This replica was told what it lacked, as of the sync before the one under way."""
+        for name in SHARED_PROGRESS:
+            setattr(self.progress, name, told["progress"][name])
+        if self._on_healed is not None:
+            self._on_healed(told)
 
     def _take_back(self) -> None:
         """The sync under way has come to nothing: all is as if it had not begun."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from importlib.metadata import version
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
+from hf_edit.peers.elastic import ElasticPeers
 from hf_edit.peers.group import Peers
 from hf_edit.sync.units import local_part, named_tensors, unwrap
 
@@ -62,6 +64,10 @@ def check_agreement(model: nn.Module, config: EDiTConfig, peers: Peers) -> None:
     versions = installed_versions()
     mine = {**config.to_dict(), **versions, "model": hashlib.sha256(repr(shapes).encode()).hexdigest()}
     everyone: list[dict[str, Any]] = peers.gather_object(mine)
+    if isinstance(peers, ElasticPeers):  # they compare it when they meet
+        mine["ranks"] = peers.layout.replica_size
+        mine = {name: value for name, value in mine.items() if name not in ("torch", "transformers", "accelerate")}
+        peers.settings = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     differing = {
         name: {rank: other.get(name) for rank, other in enumerate(everyone)}
         for name in dict.fromkeys(name for other in everyone for name in other)
@@ -89,7 +95,7 @@ def make_replicas_equal(model: nn.Module, peers: Peers) -> None:
     """Every replica takes replica 0's trainable parameters and buffers where digests show that they differ."""
     model = unwrap(model)
     named = [*model.named_parameters(), *model.named_buffers()]
-    digests = torch.stack([_digest(local_part(tensor)) for _, tensor in named])
+    digests = torch.stack([digest(local_part(tensor)) for _, tensor in named])
     table = peers.gather(peers.inside.sum(digests.flatten()))().view(peers.num_replicas, -1, 2)
     differing = (table != table[0]).any(dim=2).any(dim=0).tolist()
     names = [name for (name, _), differs in zip(named, differing, strict=True) if differs]
@@ -110,7 +116,7 @@ def make_replicas_equal(model: nn.Module, peers: Peers) -> None:
     )  # fmt: skip
 
 
-def _digest(tensor: Tensor) -> Tensor:
+def digest(tensor: Tensor) -> Tensor:
     """Two int64 [2] that change with any bit of `tensor` and with the order of its elements."""
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     words = raw.view(torch.int32) if raw.numel() % 4 == 0 else raw

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ class Running:
     wait_seconds: float = 0.0  # that the training waited for the other replicas
     settings: dict[str, float] = field(default_factory=dict)  # of SyncRecord, as is `note`
     note: str = ""
+    # Of replicas that come and go; see healing.py.
+    sent: Tensor = field(default_factory=lambda: torch.empty(0))  # what the exchange tells of this one
+    digest: Tensor = field(default_factory=lambda: torch.empty(0))  # of the anchors that it steps from
+    healed: Any = None  # what it was sent
+    bases: dict[int, Tensor] = field(default_factory=dict)  # where units were whose change since then alone is told
+    already_told: Tensor | None = None
     network: Stopwatch | None = None  # runs from when all have come until the last unit is reduced
 
     @property

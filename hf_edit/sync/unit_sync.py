@@ -25,6 +25,7 @@ from hf_edit.method.plan import SyncPlan, SyncRecord, make_plan
 from hf_edit.peers.group import Conversation
 from hf_edit.peers.replica import Replica
 from hf_edit.sync.fragments import Part
+from hf_edit.sync.healing import Healing
 from hf_edit.sync.lengths import Lengths
 from hf_edit.sync.measure import Interval, Scratch, Stopwatch, phase
 from hf_edit.sync.moments import Moments
@@ -71,6 +72,7 @@ class OuterSync:
         self.compression: str = config.compression
         self.device = self.units[0].parts()[0].device
         self.running: Running | None = None
+        self.healing: Healing | None = None  # of replicas that come and go
         self.exposed = Stopwatch(self.device, clock)
         # When the last sync no longer kept anyone waiting: a delayed one when all had come to it, else its end.
         self.waited_until: float | None = None
@@ -155,13 +157,15 @@ class OuterSync:
             del delta  # before the next one is made
         packed = self._replica.sum(torch.stack([*norms, *(self._scalar(value) for value in tallies.values())]))
         sent = self._scratch.to_host(packed) if in_host else packed
-        gathered = (lambda: self.peers.gather(sent)()) if in_host else self.peers.gather(sent)
+        gathered = _later if in_host else self.peers.gather(sent)
         self.waited_until = None
-        self.running = Running(
+        run = self.running = Running(
             number, part.indices, part.fragments, begun_at, members, gathered, list(tallies), bytes_before, deltas,
-            moments=moments,
+            moments=moments, sent=sent,
         )  # fmt: skip
-        return self.running
+        if in_host:
+            run.gathered = lambda: self.peers.gather(run.sent)()
+        return run
 
     @phase("await_plan")
     def await_plan(self, run: Running) -> SyncPlan:
@@ -169,10 +173,14 @@ class OuterSync:
         if run.plan is None:
             if not run.members:
                 run.members = self.peers.begin(run.number)
+            if self.healing is not None:
+                self.healing.meet(run)
             rows = run.gathered().cpu()  # the one time that the host reads the device in a sync
+            if self.healing is not None:
+                rows = self.healing.check(run, rows)
             table = rows.new_zeros(self.peers.num_replicas, rows.shape[1])  # who does not take part did no step
             table[run.members] = rows
-            before = self.detectors.of(run.units)
+            before = (self.detectors if run.healed is None else run.healed.detectors).of(run.units)
             run.plan, run.detectors = make_plan(table, run.tally_names, before, self.config, run.fragments)
             run.network = Stopwatch(table.device if run.deltas else self.device, self.clock)
             run.network.start()
@@ -260,6 +268,8 @@ class OuterSync:
 
     def forget(self) -> None:
         """The sync under way is given up; all is as it was before it began."""
+        if self.healing is not None and self.running is not None:
+            self.healing.forget(self.running)
         self.running = None
 
     # -- one unit -----------------------------------------------------------------------------------------------------
@@ -272,7 +282,12 @@ class OuterSync:
         correction = None
         if steps:  # becomes the new anchor minus where the parameters were, both as the replica is given them
             correction = self._here(run.deltas[place])
-            unit_values.add_given(unit, state, correction, state.anchor, -1)
+            if place in run.bases:
+                correction.sub_(self._here(run.bases[place]))
+            else:
+                unit_values.add_given(unit, state, correction, state.anchor, -1)
+        if self.healing is not None:
+            self.healing.take(run, place)
         anchor = self._step(run, place, average)
         if correction is not None:
             unit_values.add_given(unit, state, correction, anchor, 1)
@@ -338,6 +353,8 @@ class OuterSync:
 
     def _end(self, run: Running) -> None:
         assert run.detectors is not None
+        if self.healing is not None:
+            self.healing.end()
         self.detectors = self.detectors.replaced(run.units, run.detectors)
         told = ~run.decided.idle.expand(run.decided.norms.shape).all(dim=1)  # else the outer step was none
         stepped = torch.tensor(run.units)[told]
@@ -358,3 +375,7 @@ class OuterSync:
         run.deltas.clear()  # the record keeps no memory that is used again
         if bool(told.any()):  # else nobody has anything to tell of
             self._finished.append(record)
+
+
+def _later() -> Tensor:
+    raise RuntimeError("The exchange has not begun.")

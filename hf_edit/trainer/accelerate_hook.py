@@ -28,7 +28,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from hf_edit.config import EDiTConfig
+from hf_edit.peers.elastic import lighthouse_of_this_launch, replica_of_this_launch
 from hf_edit.peers.layout import Layout, default_num_replicas
+from hf_edit.peers.lighthouse import torchft
 from hf_edit.sync.units import is_prepared
 from hf_edit.trainer.checks import (
     check_axes,
@@ -80,6 +82,8 @@ def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
         ValueError: what was given, what is allowed, what to do.
     """
     check_launcher(args)
+    if config.elastic:
+        return _elastic_layout(args, config, model)
     if args.world_size == 1:
         return Layout.split(1, config.num_replicas or 1, 0)
     given = _given_parallelism(args)
@@ -101,6 +105,24 @@ def plan_layout(args: Any, config: EDiTConfig, model: Any = None) -> Layout:
     return layout
 
 
+def _elastic_layout(args: Any, config: EDiTConfig, model: Any) -> Layout:
+    """Of a launch that is one replica."""
+    lighthouse_of_this_launch()
+    torchft()
+    assert config.num_replicas is not None
+    replica, size = replica_of_this_launch(config.num_replicas), args.world_size
+    check_sharding(args, model)
+    if (given := _given_parallelism(args)) is not None:
+        check_axes(given, args, check_product=True)
+    if size > 1 and not wants_fsdp(args):
+        raise ValueError(
+            f"elastic=True, and this launch has {size} processes: it is one replica, whose ranks need FSDP2, but FSDP "
+            "is off. Set fsdp=True in TrainingArguments (or take an Accelerate config with fsdp_version: 2), or launch "
+            "one process."
+        )
+    return Layout(config.num_replicas, size, replica * size + args.process_index)
+
+
 def _given_parallelism(args: Any) -> ParallelismConfig | None:
     """Accelerate's axes, from TrainingArguments or its config file."""
     if args.parallelism_config is None and flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
@@ -108,19 +130,24 @@ def _given_parallelism(args: Any) -> ParallelismConfig | None:
     return args.parallelism_config
 
 
-def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout) -> dict[str, Any]:
+def replica_accelerator_args(
+    built: dict[str, Any], args: Any, layout: Layout, elastic: bool = False
+) -> dict[str, Any]:
     """The arguments of `Accelerator` for `layout`, from those that the Trainer built."""
     on_cpu = args.device.type == "cpu"
+    if elastic:
+        if layout.replica_size > 1:
+            check_plugin(built.get("fsdp_plugin") or FullyShardedDataParallelPlugin())
+        elif wants_fsdp(args):
+            return _without_fsdp(built, args)
+        layout = layout.alone
     plain = layout.num_replicas == 1 and not (on_cpu and fsdp_version(args) == 2)
     if not wants_fsdp(args) or args.world_size == 1 or plain:
         if layout.num_replicas > 1:
             built["parallelism_config"] = None
         return built
     if layout.replica_size == 1:
-        # Nothing to shard: DDP. The Trainer must not see FSDP either, hence the arguments and the variable.
-        args.fsdp, args.fsdp_plugin_args = None, None
-        os.environ["ACCELERATE_USE_FSDP"] = "false"
-        return {**built, "fsdp_plugin": None, "parallelism_config": None}
+        return _without_fsdp(built, args)
     plugin = built.get("fsdp_plugin") or FullyShardedDataParallelPlugin()
     if layout.num_replicas > 1:
         check_plugin(plugin)
@@ -130,6 +157,13 @@ def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout) -
         cpu_fsdp_plugin=plugin if on_cpu else None,
     )
     return {**built, "fsdp_plugin": plugin, "parallelism_config": parallelism}
+
+
+def _without_fsdp(built: dict[str, Any], args: Any) -> dict[str, Any]:
+    """Nothing to shard: DDP. The Trainer must not see FSDP either, hence the arguments and the variable."""
+    args.fsdp, args.fsdp_plugin_args = None, None
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    return {**built, "fsdp_plugin": None, "parallelism_config": None}
 
 
 def saves_sharded(accelerator: Accelerator) -> bool:

@@ -132,7 +132,7 @@ class TrainerCheckpoints(_TrainerToBe):
         group = dist.group.WORLD if dist.is_initialized() else None
         if self.edit_layout.num_replicas > 1:
             group = self._get_peers().inside.group
-        return checkpoint.Training(self.edit_layout, self.model_wrapped, self.optimizer, group, self._engine)
+        return checkpoint.Training(self.edit_layout, self.model_wrapped, self.optimizer, group, self._engine, self.edit_config.elastic)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Private in transformers 5.23, as are the underscored methods below; tests/launch resumes bit for bit.
@@ -174,6 +174,8 @@ class TrainerCheckpoints(_TrainerToBe):
             )
 
     def _load_best_model(self) -> None:
+        if not self._writes_files():  # it may not be there yet, and nobody asks this replica for it
+            return
         reshard(self.model)  # the last evaluation may have left gathered copies, into which shards cannot be loaded
         super()._load_best_model()
 
@@ -189,6 +191,11 @@ class TrainerCheckpoints(_TrainerToBe):
         if self._engine is None:
             return super()._save_checkpoint(model, trial)
         self._make_replicas_equal("save")
+        if not self._writes_files():
+            if self.state.best_global_step:
+                best = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best)
+            return
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EDiTCheckpointMark):  # on_step_end would be too early: A-EDiT's step is agreed on
                 callback.step = self.state.global_step
@@ -213,6 +220,8 @@ class TrainerCheckpoints(_TrainerToBe):
 
     def _writes_outer(self) -> bool:
         """True on all ranks of the replica that `_writes_shared` is in."""
+        if self.edit_config.elastic:
+            return True
         if self.args.save_on_each_node:
             return self.args.local_process_index == self.edit_layout.shard
         return self.edit_layout.replica == 0
@@ -222,7 +231,7 @@ class TrainerCheckpoints(_TrainerToBe):
             return super()._save_optimizer_and_scheduler(output_dir)
         if saves_sharded(self.accelerator):
             # The Trainer would have every replica write the same names, and mix their optimizer states.
-            if self.edit_layout.replica == 0:
+            if self._writes_outer():
                 save_sharded(self.model, self.optimizer, output_dir, self._training().group)
             if self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
@@ -247,6 +256,8 @@ class TrainerCheckpoints(_TrainerToBe):
 
     def _replicas_of_the_folder(self) -> range:
         """Whose parts `seal` must find: all, or with a disk of its own for each host those of this one."""
+        if self.edit_config.elastic:
+            return range(self.edit_layout.replica, self.edit_layout.replica + 1)
         if not self.args.save_on_each_node:
             return range(self.edit_layout.num_replicas)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // self.edit_layout.replica_size
@@ -259,6 +270,8 @@ class TrainerCheckpoints(_TrainerToBe):
         on rank 0, except inside checkpoints, which hold it in shards.
         """
         self._make_replicas_equal("save_model")
+        if not self._writes_files():
+            return
         if _internal_call or self.edit_layout.num_replicas == 1 or not saves_sharded(self.accelerator):
             return super().save_model(output_dir, _internal_call)
         self._save(output_dir, state_dict=full_state_dict(self.model))

@@ -62,9 +62,22 @@ class DataPosition:
         self._saved = saved
         self._parts = parts_of(loader)
         self._left_over = 0
+        self._leads = False  # the loader is told of this epoch, not of the Trainer's
         self._given: Any = None
         self._iterator: Iterator[Any] = iter(())
         self._forget()
+
+    @classmethod
+    def behind(cls, loader: Any, epoch: int, num_batches: int) -> DataPosition:
+        """Where `num_batches` of `epoch` lie behind, of which nothing is known but that; whatever epoch the Trainer
+        counts, this and the next ones are read."""
+        position = cls(loader, epoch)
+        now = position._beginning()
+        position._saved = {
+            "num_batches": num_batches, "left_over": 0, "began": now, "recent": [now] * _REPEATED, "digest": None,
+        }  # fmt: skip
+        position.must_move = position._leads = True
+        return position
 
     def _forget(self) -> None:
         self._began: dict[str, Any] | None = None
@@ -77,6 +90,8 @@ class DataPosition:
         """An epoch's iterator, watched. One that nobody has drawn from begins an epoch."""
         if epoch_iterator is not self._given:
             self._given = self._iterator = epoch_iterator
+            if self._leads:  # before the iterator is drawn from for the first time
+                self._set_epoch()
             self._began = self._beginning()
         return self
 
@@ -183,6 +198,9 @@ class DataPosition:
         for path, kept in saved["began"]["kept"].items():
             if path in self._parts:
                 self._parts[path].load_state_dict(kept)
+        self._set_epoch()
+
+    def _set_epoch(self) -> None:
         # As the Trainer and Accelerate do it, but for the loader itself and not for one that skips batches: through
         # that one a sampler of the user's, and BatchRebalanceSampler, would not get the epoch.
         inner = getattr(getattr(self.loader, "batch_sampler", None), "batch_sampler", None)

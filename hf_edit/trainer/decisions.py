@@ -154,7 +154,8 @@ class TrainerDecisions(_TrainerToBe):
             return engine.drain()
         if move.name == "leave":
             return engine.leave(requests)
-        return engine.flush(requests, leaving=move.leaving)
+        # Of replicas that come and go, one may have joined behind the sync at which this was decided.
+        return engine.flush(requests, leaving=move.leaving or self.edit_config.elastic)
 
     def _receive(self, requests: set[str] | None, by_progress: bool = False) -> None:
         """What any rank asked for, and with A-EDiT what falls due by the steps that they reported."""

@@ -45,12 +45,12 @@ class TrainerLogs(_TrainerToBe):
 
     def _open_journal(self) -> None:
         """The engine is ready."""
-        if not self.is_world_process_zero():
+        if self.args.process_index != 0:
             return
         assert self._engine is not None
         if self._journal is not None:
             self._journal.close()  # of a training that was broken off
-        self._journal = Journal(Path(self.args.output_dir) / NAME)
+        self._journal = Journal(self._output_place() / NAME)
         self._journal.begin(
             self.state.global_step,
             **description(self.edit_layout, self._engine),

@@ -180,7 +180,7 @@ class TrainerProgress(_TrainerToBe):
             dataloader = self._as_long_as_the_shortest(dataloader)
         values = super().set_initial_training_values(args, dataloader)
         replicas = self.edit_layout.num_replicas
-        by_time = self.edit_config.sync_seconds is not None and replicas > 1
+        by_time = (self.edit_config.sync_seconds is not None or self.edit_config.elastic) and replicas > 1
         # A stream may end on one replica before it does on another, and then nobody can count on the others' steps.
         sized = has_length(dataloader)
         self._steps = GlobalSteps(begun=True, by_time=by_time, sized=sized, lockstep=sized and not by_time)
@@ -229,7 +229,10 @@ class TrainerProgress(_TrainerToBe):
         rank = None
         if resume_from_checkpoint and has_edit_state(Path(resume_from_checkpoint)):
             folder = Path(resume_from_checkpoint)
-            rank = read_host(folder, Manifest.read(folder), self.edit_layout)["rank"]
+            host = read_host(folder, Manifest.read(folder), self.edit_layout, self.edit_config.elastic)
+            rank = host["rank"]
+            if rank is None and self.edit_config.elastic and host["totals"]:  # what the writer knew of this replica
+                rank = {"own_steps": round(host["totals"][self.edit_layout.replica]), "data": None}
         if rank is not None and self.edit_layout.num_replicas > 1:
             self._steps.own = rank["own_steps"]
             if self._steps.by_time and not self.args.ignore_data_skip:

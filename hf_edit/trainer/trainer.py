@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 import hf_edit.checkpoint.state as checkpoint
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import Conductor
-from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.peers.elastic import make_peers
 from hf_edit.peers.layout import Layout, ring_bytes
 from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import is_prepared
@@ -35,6 +35,7 @@ from hf_edit.trainer.checkpoints import EDiTCheckpointMark, TrainerCheckpoints
 from hf_edit.trainer.checks import check_optimizer, check_order, check_wrapping, never_due, passed_over
 from hf_edit.trainer.data import TrainerData
 from hf_edit.trainer.decisions import TrainerDecisions
+from hf_edit.trainer.elastic import TrainerElastic
 from hf_edit.trainer.logs import TrainerLogs
 from hf_edit.trainer.progress import GlobalSteps, TrainerProgress
 from hf_edit.trainer.spikes import TrainerSpikes
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class EDiTMixin(
+    TrainerElastic,
     TrainerCheckpoints,
     TrainerStep,
     TrainerBalance,
@@ -80,7 +82,7 @@ class EDiTMixin(
         self.edit_config = EDiTConfig.load(edit_config)
         self.edit_stats = EDiTStats()
         self._engine: Engine | None = None
-        self._peers: ProcessGroupPeers | None = None
+        self._peers: Any = None  # ProcessGroupPeers or ElasticPeers
         self._steps, self._conductor = GlobalSteps(), Conductor()
         self._said: set[str] = set()
         super().__init__(*args, **kwargs)
@@ -113,7 +115,7 @@ class EDiTMixin(
         if self.args.process_index == 0:  # the one that reports
             go_offline_without_login(self.args.report_to)
         super().create_accelerator_and_postprocess()
-        check_accelerator(self.accelerator, self.edit_layout)
+        check_accelerator(self.accelerator, self.edit_layout.alone if self._elastic else self.edit_layout)
         if self.edit_layout.num_replicas > 1:
             read_everywhere(self.accelerator.dataloader_config)
             ReplicaAccelerator.take_over(self.accelerator)
@@ -122,7 +124,7 @@ class EDiTMixin(
         if not hasattr(self, "edit_layout"):
             raise passed_over(self, "create_accelerator_and_postprocess")
         built = super()._build_accelerator_args(**kwargs)
-        return replica_accelerator_args(built, self.args, self.edit_layout)
+        return replica_accelerator_args(built, self.args, self.edit_layout, self._elastic)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.edit_layout.num_replicas > 1 and self.is_fsdp_enabled and not is_prepared(self.model):
@@ -136,9 +138,9 @@ class EDiTMixin(
     def _keep_driver_last(self) -> None:
         self._driver.stand_last()
 
-    def _get_peers(self) -> ProcessGroupPeers:
+    def _get_peers(self) -> Any:
         if self._peers is None:
-            self._peers = ProcessGroupPeers(self.edit_layout, self.edit_config.longest_wait_seconds)
+            self._peers = make_peers(self.edit_layout, self.edit_config)
         return self._peers
 
     def _start_engine(self) -> None:
@@ -151,7 +153,7 @@ class EDiTMixin(
             self._say_once(warning)
         equalise_sampler_once(self.callback_handler.train_dataloader)
         self.edit_stats = EDiTStats()
-        self._conductor = Conductor(by_time=self._steps.by_time)
+        self._conductor = Conductor(by_time=self._steps.by_time, apart=self._elastic)
         self._start_logs()
         self._start_counts()
         self._start_spikes()
@@ -165,14 +167,19 @@ class EDiTMixin(
             first_step=self._resumed[1].schedule_step if self._resumed else self.state.global_step,
             on_begin=self._hand_over_counts,
             last_step=self.state.max_steps,
+            on_heal=self._tell,
+            on_healed=self._be_told,
         )
         rank_state = self._resumed_host["rank"] if self._resumed else None  # None: of another layout
         if self._resumed:
             checkpoint.load_outer(*self._resumed, self._training())
             self._restore_rank_state(rank_state)
+            self._engine.progress.totals = self._engine.progress.totals or list(self._resumed_host["totals"])
         self._start_progress(first=rank_state is None)
         elements = sum(part.numel() for unit in self._engine.units for part in unit.parts())
         self.edit_stats.gradient_bytes = ring_bytes(4 * elements, self.edit_layout.num_replicas)
+        if self._elastic:
+            self._join()
         self._open_journal()
 
     def _rank_state(self) -> dict[str, Any]:
@@ -225,6 +232,7 @@ class EDiTMixin(
             self._log_the_rest()
             self._close_journal()
         self._stop_following()
+        self._end_elastic()
         output = super()._finalize_training(*args, **kwargs)
         if self._engine is not None:
             self._engine.close()

@@ -17,7 +17,7 @@ from hf_edit.config import EDiTConfig
 from hf_edit.peers.group import ProcessGroupPeers
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
-from hf_edit.sync.equality import _digest
+from hf_edit.sync.equality import digest
 from hf_edit.sync.overlap import at_once
 from tests.dist.threads import run_ranks
 
@@ -98,10 +98,10 @@ def test_buffers_that_nobody_changed_since_are_not_sent() -> None:
 @pytest.mark.parametrize("size", [5, 8])
 def test_a_digest_sees_values_and_their_order(size: int, dtype: torch.dtype) -> None:
     tensor = torch.arange(size).to(dtype)
-    assert torch.equal(_digest(tensor), _digest(tensor.clone()))
+    assert torch.equal(digest(tensor), digest(tensor.clone()))
     swapped = tensor.clone()
     swapped[[0, -1]] = tensor[[-1, 0]]
     changed = tensor.clone()
     changed[1] += 1
     for other in (swapped, tensor.flip(0), changed):
-        assert not torch.equal(_digest(tensor), _digest(other))
+        assert not torch.equal(digest(tensor), digest(other))

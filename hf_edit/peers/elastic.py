@@ -1,0 +1,364 @@
+"""`Peers` that come and go: each replica is a launch of its own, and meets the others at syncs alone.
+
+What fails between replicas raises nothing: what is under way ends without effect, `commit` says so on all ranks of the
+replica, and the sync is tried again with those that are there. So no rank of a replica waits for one that has failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_edit.config import EDiTConfig
+from hf_edit.method.membership import KEPT_COMMITS, Meeting, News, members_of, why_wait
+from hf_edit.peers.faults import Pending, start
+from hf_edit.peers.group import PIECE_BYTES, ProcessGroupPeers
+from hf_edit.peers.layout import Layout, ring_bytes
+from hf_edit.peers.lighthouse import RETRY_SECONDS, Lighthouse
+from hf_edit.peers.replica import Replica
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 10.0  # after which the first rank tells the others of its replica that it still waits
+SAY_AFTER_SECONDS = 30.0
+HEALING_BYTES_PER_SECOND = 1e6  # at which state is expected to travel at least; the others wait for it meanwhile
+
+
+class ElasticPeers:
+    """
+    Args:
+        layout: where this rank is among all R replicas.
+        timeout_seconds: longest wait inside the replica.
+        heartbeat_seconds: after which a replica that is not heard of is gone.
+        min_replicas: that a sync needs.
+        lighthouse: "host:port".
+
+    All ranks of the replica construct it together.
+    """
+
+    fixed = False
+
+    def __init__(
+        self, layout: Layout, timeout_seconds: float, heartbeat_seconds: float, min_replicas: int, lighthouse: str
+    ) -> None:
+        self.layout = layout
+        self.num_replicas = layout.num_replicas
+        self.replica = layout.replica
+        self.bytes_sent = 0
+        self.inside = Replica(layout.alone, timeout_seconds)
+        self.meeting: Meeting | None = None
+        self.in_doubt: str | None = None  # the key of the last meeting, if others may have committed it
+        self.settings = ""  # what must be equal on all replicas; before the first meeting
+        self.state_bytes = 0  # that a replica which returns is sent by each rank
+        self.on_alone: Callable[[], None] | None = None  # called where a replica without any state finds nobody
+        self._heartbeat_seconds, self._min_replicas, self._address = heartbeat_seconds, min_replicas, lighthouse
+        self._lighthouse: Lighthouse | None = None  # of the first rank
+        self._commits: deque[str] = deque(maxlen=KEPT_COMMITS)
+        self._group: Any = None
+        self._connected: list[tuple[str, int]] = []  # who it is with
+        self._ops: list[_Op] = []
+        self._error: str | None = None
+        self._broken = 0
+        self._said_at = 0.0
+
+    # -- a sync -------------------------------------------------------------------------------------------------------
+
+    def begin(self, sync: int) -> list[int]:
+        since = time.monotonic()
+        while True:
+            if self.inside.count(self._error is not None):
+                self._drop()
+                self._broken += 1
+            self._error = None
+            key, everyone = self._meet(sync - 1, since)
+            meeting = self._checked(Meeting(key, members_of(everyone), self.replica))
+            why = why_wait(meeting.members, self.num_replicas, self._min_replicas)
+            if why:
+                self._say(why, since)
+                if len(meeting.members) == 1 and sync == 1 and self.on_alone is not None:
+                    self.on_alone()
+                time.sleep(RETRY_SECONDS)
+                continue
+            self._connect(meeting)
+            if not self.inside.count(self._error is not None):
+                self.meeting = meeting
+                if self._lighthouse is not None:
+                    self._lighthouse.begin()
+                return meeting.replicas
+            time.sleep(RETRY_SECONDS / 5)
+
+    def gather(self, vector: Tensor) -> Callable[[], Tensor]:
+        rows = [torch.empty_like(vector) for _ in range(self._num_members)]
+        op = self._start(dist.all_gather, rows, vector)
+        self.bytes_sent += vector.nbytes * (len(rows) - 1)
+
+        def result() -> Tensor:
+            op.wait()
+            return torch.stack([vector] * len(rows) if self._error or len(rows) == 1 else rows)
+
+        return result
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> Pending:
+        self.bytes_sent += ring_bytes(sum(t.nbytes for t in tensors), self._num_members)
+        pieces = [piece for t in tensors for piece in t.view(-1).split(max(1, PIECE_BYTES // t.element_size()))]
+        return _Ops([self._start(dist.all_reduce, piece) for piece in pieces])
+
+    def all_to_all(self, received: Tensor, sent: Tensor) -> Pending:
+        if self._num_members == 1:
+            received.copy_(sent)
+        self.bytes_sent += sent.nbytes * (self._num_members - 1) // self._num_members
+        return self._start(dist.all_to_all_single, received, sent)
+
+    def all_gather(self, received: Tensor, sent: Tensor) -> Pending:
+        if self._num_members == 1:
+            received.copy_(sent[None])
+        self.bytes_sent += sent.nbytes * (self._num_members - 1)
+        return self._start(dist.all_gather, list(received), sent)
+
+    def commit(self, sync: int) -> bool:
+        meeting = self._met
+        complete = self._error is None
+        if complete:  # tells the others, whose own is complete where they hear it of all
+            self.gather(torch.ones(1))()
+        heard = self.inside.count(self._error is None) == self.inside.size
+        self.in_doubt = meeting.key if not heard and self.inside.count(complete) == self.inside.size else None
+        if heard:
+            self._commits.append(meeting.key)
+        else:
+            self._fail(self._error or "it has failed on another rank of the replica")
+        if meeting.stale:
+            self._drop()  # it was made with more patience than the next sync should have
+            self._error = self._error or "made anew after healing"
+        return heard
+
+    # -- healing ------------------------------------------------------------------------------------------------------
+
+    def send(self, tensor: Tensor, replica: int) -> None:
+        """`tensor`, in host memory, to the same rank of another member, which calls `receive`."""
+        place = self._met.replicas.index(replica)
+        for piece in tensor.view(-1).split(max(1, PIECE_BYTES // tensor.element_size())):
+            self._start(lambda t, group, async_op: dist.isend(t, group=group, group_dst=place), piece).wait()
+        self.bytes_sent += tensor.nbytes
+
+    def receive(self, tensor: Tensor, replica: int) -> None:
+        place = self._met.replicas.index(replica)
+        for piece in tensor.view(-1).split(max(1, PIECE_BYTES // tensor.element_size())):
+            self._start(lambda t, group, async_op: dist.irecv(t, group=group, group_src=place), piece).wait()
+
+    @property
+    def failed(self) -> bool:
+        """True if the sync under way will not be committed."""
+        return self._error is not None
+
+    # -- all together -------------------------------------------------------------------------------------------------
+
+    def broadcast(self, tensor: Tensor, replica: int = 0) -> None:
+        copy = tensor.detach().cpu().clone().contiguous()
+        place = self._met.replicas.index(replica)
+        self._start(lambda t, group, async_op: dist.broadcast(t, group=group, group_src=place, async_op=True),
+                    copy).wait()  # fmt: skip
+        if self._error is None:
+            tensor.copy_(copy)
+
+    def broadcast_to_all(self, tensor: Tensor, replica: int = 0) -> None:
+        self.broadcast(tensor, replica)
+        self.inside.broadcast(tensor)
+
+    def average(self, tensor: Tensor) -> None:
+        raise RuntimeError("Replicas that come and go have no synchronous steps.")
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """`value` of every rank of this replica: there is no moment at which all replicas are here but a sync."""
+        return self.inside.gather_object(value)
+
+    def barrier(self) -> None:
+        self.inside.gather_object(None)
+
+    def make_host_groups(self) -> None:
+        self.inside.make_host_group()
+
+    def wait_for_arrivals(self, seconds: float) -> None:
+        """A quorum waits by itself."""
+
+    def close(self) -> None:
+        """This replica comes to no further sync."""
+        self._drop()
+        if self._lighthouse is not None:
+            self._lighthouse.close()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _met(self) -> Meeting:
+        assert self.meeting is not None
+        return self.meeting
+
+    @property
+    def _num_members(self) -> int:
+        return len(self._met.members)
+
+    def _meet(self, held: int, since: float) -> tuple[str, list[News]]:
+        """The quorum, on all ranks."""
+        if self.layout.shard == 0:
+            if self._lighthouse is None:
+                self._lighthouse = Lighthouse(self._address, self.replica, self._heartbeat_seconds, self.settings)
+            self._lighthouse.meet(held, self._commits, self._broken)
+        while True:
+            found = None
+            if self._lighthouse is not None and (found := self._lighthouse.met(LOOK_SECONDS)) is None:
+                self._say(self._lighthouse.trouble or "no quorum yet: the others are training, or away", since)
+            found = self.inside.tell(found)
+            if found is not None:
+                return found
+
+    def _say(self, why: str, since: float) -> None:
+        now = time.monotonic()
+        if self.layout.shard == 0 and now - max(self._said_at, since) > SAY_AFTER_SECONDS:
+            self._said_at = now
+            logger.warning("EDiT: replica %d has waited %.0f s at a sync: %s.", self.replica, now - since, why)
+
+    def _checked(self, meeting: Meeting) -> Meeting:
+        """Raises RuntimeError if this launch has been replaced, ValueError if replicas have other settings."""
+        mine = next((member for member in meeting.members if member.replica == self.replica), None)
+        if self._lighthouse is not None and (mine is None or mine.launch != self._lighthouse.launch):
+            raise RuntimeError(
+                f"A later launch of replica {self.replica} has come, which takes the place of this one. If that was "
+                "not meant, give each launch an EDIT_REPLICA of its own."
+            )
+        others = [member.replica for member in meeting.members if mine and member.settings != mine.settings]
+        if others:
+            raise ValueError(
+                f"Replica {self.replica} and replicas {others} differ in EDiTConfig, in the model's parameters, in the "
+                "number of ranks or in hf_edit's version. Launch all replicas with the same script and settings."
+            )
+        return meeting
+
+    def _connect(self, meeting: Meeting) -> None:
+        members = [(member.launch, member.broken) for member in meeting.members]
+        if self._group is not None and members == self._connected:
+            return
+        self._drop()
+        self._connected = members
+        if len(members) == 1:
+            return
+        from torchft.process_group import ProcessGroupGloo
+
+        patience = self._heartbeat_seconds
+        if meeting.stale:
+            patience += self.state_bytes / HEALING_BYTES_PER_SECOND
+        group = ProcessGroupGloo(timeout=timedelta(seconds=patience))
+        place = f"{meeting.members[0].store}/{meeting.key}/{self.layout.shard}"
+        try:
+            group.configure(place, f"edit_{self.replica}", meeting.replicas.index(self.replica), len(members))
+        except RuntimeError as error:  # torch's DistError and gloo's
+            self._fail(str(error))
+            return
+        self._group = group
+
+    def _start(self, collective: Callable[..., Any], *tensors: Any) -> _Op:
+        op = _Op(self)
+        if self._error is None and self._num_members > 1:
+            self._ops = [one for one in self._ops if one.work is not None]
+            try:
+                op.work = start(collective, *tensors, group=self._group)
+            except RuntimeError as error:
+                self._fail(str(error))
+            else:
+                self._ops.append(op)
+        return op
+
+    def _fail(self, why: str) -> None:
+        if self._error is None:
+            logger.warning("EDiT: a sync of replica %d came to nothing: %s", self.replica, why.splitlines()[0])
+        self._error = why
+        self._drop()
+
+    def _drop(self) -> None:
+        """Gives the connection up, with all that holds it: the others see the end of it at once."""
+        ops, self._ops = self._ops, []
+        for op in ops:
+            if op.work is not None:
+                op.work.let_go()
+                op.work = None
+        if self._group is not None:
+            self._group.shutdown()
+            self._group = None
+
+
+class _Op:
+    """An operation under way; `work` is None where there is nothing to wait for."""
+
+    def __init__(self, peers: ElasticPeers) -> None:
+        self._peers = peers
+        self.work: Any = None
+
+    def wait(self) -> None:
+        work, self.work = self.work, None
+        if work is None:
+            return
+        try:
+            work.wait()
+        except RuntimeError as error:
+            why = str(error)
+        else:
+            return
+        work.let_go()
+        del work
+        self._peers._fail(why)
+
+
+class _Ops:
+    def __init__(self, ops: list[_Op]) -> None:
+        self._ops = ops
+
+    def wait(self) -> None:
+        for op in self._ops:
+            op.wait()
+
+
+def make_peers(layout: Layout, config: EDiTConfig) -> ProcessGroupPeers | ElasticPeers:
+    """The other replicas, as `config` has them; all ranks of this launch call it together."""
+    if not config.elastic:
+        return ProcessGroupPeers(layout, config.longest_wait_seconds)
+    return ElasticPeers(
+        layout, config.longest_wait_seconds, config.heartbeat_seconds, config.min_replicas, lighthouse_of_this_launch()
+    )
+
+
+def replica_of_this_launch(num_replicas: int) -> int:
+    """The number that `EDIT_REPLICA` gives it.
+
+    Raises:
+        ValueError: there is none, or it is none of 0 ... num_replicas - 1.
+    """
+    given = os.environ.get("EDIT_REPLICA", "")
+    if not given.isdecimal() or int(given) >= num_replicas:
+        raise ValueError(
+            f"elastic=True, and EDIT_REPLICA={given!r}: each replica is a launch of its own, which must know its "
+            f"number. Set EDIT_REPLICA to one of 0 ... {num_replicas - 1}, to another one in each launch."
+        )
+    return int(given)
+
+
+def lighthouse_of_this_launch() -> str:
+    """What `TORCHFT_LIGHTHOUSE` says.
+
+    Raises:
+        ValueError: it says nothing.
+    """
+    address = os.environ.get("TORCHFT_LIGHTHOUSE", "")
+    if ":" not in address.rpartition("://")[2]:
+        raise ValueError(
+            f"elastic=True, and TORCHFT_LIGHTHOUSE={address!r}: the replicas find each other through a lighthouse. "
+            "Start one with `hf-edit lighthouse`, and set TORCHFT_LIGHTHOUSE=host:port in each launch."
+        )
+    return address

@@ -1,0 +1,170 @@
+"""The Trainer where each replica is a launch of its own: joining the others, its part of the data, who writes files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from hf_edit.checkpoint.manifest import checkpoints, problem
+from hf_edit.config import EDiTConfig
+from hf_edit.peers.elastic import ElasticPeers
+from hf_edit.peers.layout import Layout
+from hf_edit.sync.engine import Engine
+from hf_edit.trainer.data import DataPosition
+from hf_edit.trainer.progress import GlobalSteps
+
+logger = logging.getLogger(__name__)
+
+_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
+
+ENDED = "edit_ended.json"  # in output_dir, by the replica that wrote the last files: the training is over
+# Of the Trainer's state, what its own rules go by at an evaluation.
+BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
+
+
+class StartAgain(Exception):
+    """A replica without state finds nobody, but a checkpoint: it goes on from there."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(str(checkpoint))
+        self.checkpoint = checkpoint
+
+
+class TrainerElastic(_TrainerToBe):
+    """The part of `EDiTMixin` for replicas that come and go."""
+
+    edit_config: EDiTConfig
+    edit_layout: Layout
+    _engine: Engine | None
+    _peers: Any
+    _steps: GlobalSteps
+    _position: DataPosition
+    _told: dict[str, Any] | None = None  # by the replica that has healed this one in `_join`
+
+    @property
+    def _elastic(self) -> bool:
+        return self.edit_config.elastic and self.edit_layout.num_replicas > 1
+
+    # -- coming -------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not self._elastic:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if not resume_from_checkpoint and (newest := self._newest_checkpoint()) is not None:
+            self._say_once(f"a replica that is launched again begins with {newest}; the others heal it from there.")
+            resume_from_checkpoint = str(newest)
+        while True:
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            except StartAgain as again:
+                resume_from_checkpoint = str(again.checkpoint)
+
+    def _newest_checkpoint(self) -> Path | None:
+        """The newest whole one that all ranks of the replica see."""
+        found = [path for path in checkpoints(Path(self.args.output_dir)) if problem(path) is None]
+        seen = self._get_peers().gather_object([str(path) for path in found])
+        common = [path for path in found if all(str(path) in theirs for theirs in seen)]
+        return common[0] if common else None
+
+    def _look_around_alone(self) -> None:
+        """This replica has no state, and nobody else is there."""
+        ended = Path(self.args.output_dir) / ENDED
+        if any(self._get_peers().gather_object(ended.is_file())):
+            self._say_once(f"the training has ended ({ended}); nothing is left to do.")
+            self._get_peers().close()
+            sys.exit(0)
+        if (newest := self._newest_checkpoint()) is not None:
+            raise StartAgain(newest)
+        self._say_once("nobody else is there, and there is no checkpoint: waiting for the other replicas.")
+
+    def _join(self) -> None:
+        """Comes to the others' next sync; has what they have behind it, and goes where this replica was in its data."""
+        engine, peers = self._engine, self._get_peers()
+        assert engine is not None
+        peers.on_alone = self._look_around_alone
+        self._told = None
+        agreed = engine.join()
+        peers.on_alone = None
+        if self._told is not None and engine.progress.totals:
+            own = round(engine.progress.totals[self.edit_layout.replica])
+            if own != self._steps.own:
+                self._go_behind(own)
+            engine.schedule.step = self._steps.own
+        self._receive(agreed, by_progress=True)
+        self._globalstep_last_logged = self._initial_global_step = self.state.global_step
+        self._steps.logged = max(self._steps.logged, self.state.global_step)
+        if self._writes_files() and self.args.process_index == 0:
+            (Path(self.args.output_dir) / ENDED).unlink(missing_ok=True)
+
+    def _go_behind(self, own_steps: int) -> None:
+        """The others have the first `own_steps` of this replica: it goes on behind them in its data."""
+        self._steps.own = self._steps.at_log = own_steps
+        if self.args.ignore_data_skip:
+            return
+        epoch, steps = divmod(own_steps, self._steps.steps_per_epoch)
+        loader = self.callback_handler.train_dataloader
+        self._position = DataPosition.behind(loader, epoch, steps * self.args.gradient_accumulation_steps)
+
+    def _tell(self) -> dict[str, Any]:
+        """What of the last sync a replica that lacks it must know."""
+        return {
+            "agreed": self._steps.agreed,
+            "counts": self._counts(),
+            "best": {name: getattr(self.state, name) for name in BEST},
+        }
+
+    def _be_told(self, told: dict[str, Any]) -> None:
+        self._told = told
+        self._steps.agreed = self._steps.logged = told["agreed"]
+        self._restore_counts(told["counts"])
+        for name, value in told["best"].items():
+            setattr(self.state, name, value)
+
+    # -- its part of the data -----------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's; each replica reads its own part of what all of them read."""
+        if not self._elastic:
+            return super().get_train_dataloader()
+        with self.accelerator.among_all(self.edit_layout):
+            return super().get_train_dataloader()
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def _writes_files(self) -> bool:
+        """True on all ranks of the replica that writes for all: the first of those that met last."""
+        if not self._elastic or self.args.save_on_each_node:
+            return True
+        peers = self._peers
+        meeting = peers.meeting if isinstance(peers, ElasticPeers) else None
+        first = self._first_replica if meeting is None else meeting.replicas[0]
+        return first is None or first == self.edit_layout.replica
+
+    _first_replica: int | None = None  # when the training has ended
+
+    def is_world_process_zero(self) -> bool:
+        """As the Trainer's; of replicas that are launches of their own, one alone has it."""
+        return super().is_world_process_zero() and self._writes_files()
+
+    def _output_place(self) -> Path:
+        """Where this replica keeps what the others have, too, such as its journal."""
+        place = Path(self.args.output_dir)
+        return place / f"replica-{self.edit_layout.replica}" if self._elastic else place
+
+    def _end_elastic(self) -> None:
+        """The training has ended: the others need not wait for this replica."""
+        if not self._elastic:
+            return
+        peers = self._get_peers()
+        self._first_replica = None if peers.meeting is None else peers.meeting.replicas[0]
+        if self._writes_files() and self.args.process_index == 0:
+            text = json.dumps({"global_step": self.state.global_step})
+            (Path(self.args.output_dir) / ENDED).write_text(text, encoding="utf-8")
+        peers.close()
+        self._peers = None
