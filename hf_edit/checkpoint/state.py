@@ -124,7 +124,7 @@ def load_inner(folder: Path, manifest: Manifest, training: Training) -> dict[str
     """
     layout, optimizer = training.layout, training.optimizer
     rest = _read_part(folder, manifest, layout)["optimizer"]
-    place = (folder / host_part(layout.replica % manifest.num_replicas, 0)).parent
+    place = (folder / host_part(manifest.part_for(layout.replica), 0)).parent
     owners = _owners(optimizer, training.model)
     state, lost = templates(owners, saved_tensors(place), "", layout)
     read(state, place, training.group)

@@ -20,10 +20,12 @@ class News:
     launched_at: float  # seconds since 1970: a later launch of the same replica takes its place
     store: str  # "host:port", where its ranks and the others' meet
     port: int  # of that host, where it hears that it is not waited for any more
+    settings: str  # equal on all replicas
     sync: int  # the last sync whose outcome it holds; 0: none, it has its initial parameters
     commits: tuple[str, ...]  # keys of the last meetings that it has committed, newest last
-    broken: int  # connections that it has given up: a new one is made with all
-    settings: str  # equal on all replicas
+    quorum: int  # number of the last meeting that it was at; -1: none
+    link: str  # key of the meeting at which its connection was made; "": it has none
+    patient: bool  # it has looked again for who may have met without it
     waited_seconds: float  # since it began to look for others
 
     @classmethod
@@ -33,43 +35,62 @@ class News:
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "commits": list(self.commits)}
 
+    @property
+    def last_commit(self) -> str:
+        return self.commits[-1] if self.commits else ""
+
 
 @dataclass(frozen=True)
 class Meeting:
-    """A sync's members, in ascending order, as one of them sees it. `key` is its own alone."""
+    """A sync's members, in ascending order, as one of them sees it.
+
+    `key` is this meeting's alone, and later ones have larger keys. `quorum` counts the meetings of changing members:
+    one of other members than the one before has the next number.
+    """
 
     key: str
+    quorum: int
     members: tuple[News, ...]
-    replica: int
 
     @property
     def replicas(self) -> list[int]:
         return [member.replica for member in self.members]
 
     @property
-    def sync(self) -> int:
-        """The last one that any member holds."""
-        return max(member.sync for member in self.members)
+    def source(self) -> News:
+        """The member that heals the others: one of those that hold the last sync, of two such the one committed last."""
+        return max(self.members, key=lambda member: (member.sync, member.last_commit, -member.replica))
 
     @property
-    def source(self) -> News:
-        """The member that heals the others."""
-        return next(member for member in self.members if member.sync == self.sync)
+    def sync(self) -> int:
+        """The last one that any member holds."""
+        return self.source.sync
 
     @property
     def stale(self) -> list[int]:
-        """The replicas that lack a sync, or anything but their initial parameters."""
-        behind = [member for member in self.members if member.sync < self.sync or self.sync == 0]
-        return [member.replica for member in behind if member is not self.source]
+        """The replicas that lack a sync of the source's, or anything but their initial parameters."""
+        source = self.source
+        return [
+            member.replica
+            for member in self.members
+            if member is not source and (member.last_commit != source.last_commit or member.sync != source.sync or not source.sync)
+        ]
 
     @property
     def fresh(self) -> list[int]:
         """Those of the stale that have no inner optimizer's state either."""
-        return [member.replica for member in self.members if member.sync == 0 and member.replica in self.stale]
+        stale = self.stale
+        return [member.replica for member in self.members if member.sync == 0 and member.replica in stale]
 
     def committed(self, key: str) -> bool:
         """True if others have committed the meeting `key`, whatever this replica came to know of it."""
         return any(key in member.commits for member in self.members)
+
+    @property
+    def must_look_again(self) -> bool:
+        """True if others may have met since any of these did, and may be about to come: they would be left behind."""
+        known = max(member.quorum for member in self.members)
+        return self.sync > 0 and known not in (self.quorum - 1, self.quorum) and not all(m.patient for m in self.members)
 
 
 def members_of(everyone: Sequence[News]) -> tuple[News, ...]:
@@ -86,15 +107,6 @@ def why_wait(members: Sequence[News], num_replicas: int, min_replicas: int) -> s
 
     Replicas that all have their initial parameters alone begin with a majority, so that none takes over while others
     train on that it cannot see.
-
-    >>> def news(replica, sync, waited=0.0):
-    ...     return News(replica, "", 0.0, "", 0, sync, (), 0, "", waited)
-    >>> why_wait([news(0, 0)], 2, 1)
-    '1 of 2 replicas is here; 2 must be, to begin'
-    >>> why_wait([news(0, 7)], 2, 1)
-    ''
-    >>> why_wait([news(0, 0), news(1, 0, waited=3.0)], 3, 1)
-    '2 of 3 replicas are here; 30 s are waited for the others, to begin'
     """
     here = f"{len(members)} of {num_replicas} replicas {'is' if len(members) == 1 else 'are'} here"
     if all(member.sync == 0 for member in members):

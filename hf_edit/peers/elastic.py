@@ -12,14 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hf_edit.config import EDiTConfig
-from hf_edit.method.membership import KEPT_COMMITS, Meeting, News, members_of, why_wait
+from hf_edit.method.membership import KEPT_COMMITS, Meeting, why_wait
 from hf_edit.peers.faults import Pending, start
 from hf_edit.peers.group import PIECE_BYTES, ProcessGroupPeers
 from hf_edit.peers.layout import Layout, ring_bytes
@@ -59,33 +59,36 @@ class ElasticPeers:
         self.in_doubt: str | None = None  # the key of the last meeting, if others may have committed it
         self.settings = ""  # what must be equal on all replicas; before the first meeting
         self.state_bytes = 0  # that a replica which returns is sent by each rank
-        self.on_alone: Callable[[], None] | None = None  # called where a replica without any state finds nobody
+        self.on_alone: Callable[[], None] | None = None  # called where this replica finds nobody
         self._heartbeat_seconds, self._min_replicas, self._address = heartbeat_seconds, min_replicas, lighthouse
         self._lighthouse: Lighthouse | None = None  # of the first rank
         self._commits: deque[str] = deque(maxlen=KEPT_COMMITS)
         self._group: Any = None
-        self._connected: list[tuple[str, int]] = []  # who it is with
+        self._link = ""  # the key of the meeting at which it was made
+        self._connected: list[str] = []  # who it is with
         self._ops: list[_Op] = []
         self._error: str | None = None
-        self._broken = 0
         self._said_at = 0.0
 
     # -- a sync -------------------------------------------------------------------------------------------------------
 
     def begin(self, sync: int) -> list[int]:
-        since = time.monotonic()
+        since, patient = time.monotonic(), False
         while True:
             if self.inside.count(self._error is not None):
                 self._drop()
-                self._broken += 1
             self._error = None
-            key, everyone = self._meet(sync - 1, since)
-            meeting = self._checked(Meeting(key, members_of(everyone), self.replica))
+            meeting = self._checked(self._meet(sync - 1, patient, since))
+            patient = meeting.must_look_again
+            if patient:
+                if self._lighthouse is not None:
+                    self._lighthouse.look_again()
+                continue
+            if len(meeting.members) == 1 and self.on_alone is not None:
+                self.on_alone()
             why = why_wait(meeting.members, self.num_replicas, self._min_replicas)
             if why:
                 self._say(why, since)
-                if len(meeting.members) == 1 and sync == 1 and self.on_alone is not None:
-                    self.on_alone()
                 time.sleep(RETRY_SECONDS)
                 continue
             self._connect(meeting)
@@ -206,19 +209,18 @@ class ElasticPeers:
     def _num_members(self) -> int:
         return len(self._met.members)
 
-    def _meet(self, held: int, since: float) -> tuple[str, list[News]]:
-        """The quorum, on all ranks."""
+    def _meet(self, held: int, patient: bool, since: float) -> Meeting:
+        """All that have come, on all ranks."""
         if self.layout.shard == 0:
             if self._lighthouse is None:
                 self._lighthouse = Lighthouse(self._address, self.replica, self._heartbeat_seconds, self.settings)
-            self._lighthouse.meet(held, self._commits, self._broken)
+            self._lighthouse.meet(held, self._commits, self._link, patient)
         while True:
             found = None
             if self._lighthouse is not None and (found := self._lighthouse.met(LOOK_SECONDS)) is None:
                 self._say(self._lighthouse.trouble or "no quorum yet: the others are training, or away", since)
-            found = self.inside.tell(found)
-            if found is not None:
-                return found
+            if (meeting := self.inside.tell(found)) is not None:
+                return cast(Meeting, meeting)
 
     def _say(self, why: str, since: float) -> None:
         now = time.monotonic()
@@ -243,8 +245,9 @@ class ElasticPeers:
         return meeting
 
     def _connect(self, meeting: Meeting) -> None:
-        members = [(member.launch, member.broken) for member in meeting.members]
-        if self._group is not None and members == self._connected:
+        members = [member.launch for member in meeting.members]
+        same = members == self._connected and {member.link for member in meeting.members} == {self._link}
+        if self._group is not None and same:
             return
         self._drop()
         self._connected = members
@@ -262,7 +265,7 @@ class ElasticPeers:
         except RuntimeError as error:  # torch's DistError and gloo's
             self._fail(str(error))
             return
-        self._group = group
+        self._group, self._link = group, meeting.key
 
     def _start(self, collective: Callable[..., Any], *tensors: Any) -> _Op:
         op = _Op(self)
@@ -291,7 +294,7 @@ class ElasticPeers:
                 op.work = None
         if self._group is not None:
             self._group.shutdown()
-            self._group = None
+            self._group, self._link = None, ""
 
 
 class _Op:

@@ -27,13 +27,15 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from hf_edit.method.membership import News
+from hf_edit.method.membership import Meeting, News, members_of
 
 logger = logging.getLogger(__name__)
 
 BEATS = 5  # heartbeats in the time after which a replica without any counts as gone
 WAIT = timedelta(days=365)  # for a quorum; a request that is broken off would be in one all the same
 RETRY_SECONDS = 0.5
+# What replicas tell each other beside the lighthouse, in front of the launch that is meant.
+LEFT_OUT, SHOW = b"left out ", b"show "
 
 
 def torchft() -> Any:
@@ -91,6 +93,8 @@ class Lighthouse:
         self._ear.bind((host, 0))
         self._ear.setblocking(False)
         self._others: Sequence[News] = ()
+        self._quorum = -1
+        self._may_leave_out = True
         self._looking_since = time.monotonic()
         self._asking_since: float | None = None
         self._left_out = False
@@ -106,35 +110,40 @@ class Lighthouse:
         self._beating = threads[1]
         atexit.register(self.close)
 
-    def meet(self, sync: int, commits: Sequence[str], broken: int) -> None:
+    def meet(self, sync: int, commits: Sequence[str], link: str, patient: bool) -> None:
         """Comes to a sync: asks for a quorum, which `met` waits for.
 
-        Args:
-            sync: the last one whose outcome this replica holds.
-            commits: keys of the last meetings that it has committed.
-            broken: connections that it has given up.
+        Args: as `News` has them.
         """
         news = News(
-            self.replica, self.launch, self._launched_at, self._place, self._ear.getsockname()[1], sync,
-            tuple(commits), broken, self._settings, time.monotonic() - self._looking_since,
+            self.replica, self.launch, self._launched_at, self._place, self._ear.getsockname()[1], self._settings,
+            sync, tuple(commits), self._quorum, link, patient, time.monotonic() - self._looking_since,
         )  # fmt: skip
+        # Who has been left out, or may have been, cannot go on alone: the others are ahead.
+        self._may_leave_out = not (self._left_out or patient)
         self._left_out, self._asking_since = False, time.monotonic()
         self._answer = None
         self._answered.clear()
         self._questions.put(news)
 
-    def met(self, seconds: float) -> tuple[str, list[News]] | None:
-        """The quorum's key, and what all in it say, this launch among them; None if there is none after `seconds`."""
+    def met(self, seconds: float) -> Meeting | None:
+        """All that have come, this launch among them; None if there is no quorum after `seconds`."""
         if not self._answered.wait(seconds) or self._answer is None:
             return None
         self._asking_since = None
         found = [News.read(member.data) for member in self._answer.participants]
-        self._others = [other for other in found if other.replica != self.replica]
-        return f"{self._answer.created.seconds}.{self._answer.created.nanos}", found
+        self._others = [other for other in found if other.launch != self.launch] or self._others
+        self._quorum, created = self._answer.quorum_id, self._answer.created
+        return Meeting(f"{created.seconds}.{created.nanos:09}", self._quorum, members_of(found))
 
     def begin(self) -> None:
         """A sync begins with those that were there."""
         self._looking_since = time.monotonic()
+
+    def look_again(self) -> None:
+        """The others that were left out are asked to show that they are there."""
+        self._tell(SHOW)
+        time.sleep(2 * self._seconds)
 
     def close(self) -> None:
         """No more heartbeats. A thread that is in torchft's code while Python finalizes would abort the process."""
@@ -162,8 +171,9 @@ class Lighthouse:
         while not self._closed:
             self._listen()
             asking_since = self._asking_since
-            if asking_since is not None and time.monotonic() - asking_since > self._seconds:
-                self._tell_that_nobody_waits()
+            waits = asking_since is not None and time.monotonic() - asking_since > self._seconds
+            if waits and self._may_leave_out:
+                self._tell(LEFT_OUT)
             if not self._left_out:
                 try:
                     self._client.heartbeat(f"edit_{self.replica}:{self.launch}", timedelta(seconds=self._seconds))
@@ -177,19 +187,21 @@ class Lighthouse:
                 message = self._ear.recv(256)
             except BlockingIOError:
                 return
-            if message == self.launch.encode() and self._asking_since is None and not self._left_out:
+            if message == SHOW + self.launch.encode():
+                self._left_out = False
+            elif message == LEFT_OUT + self.launch.encode() and self._asking_since is None and not self._left_out:
                 self._left_out = True
                 logger.warning(
                     "EDiT: replica %d is not waited for any more at a sync; it joins the others at the next one that "
                     "it comes to.", self.replica,
                 )  # fmt: skip
 
-    def _tell_that_nobody_waits(self) -> None:
+    def _tell(self, what: bytes) -> None:
         for other in self._others:
             try:
-                self._ear.sendto(other.launch.encode(), (other.store.rpartition(":")[0].strip("[]"), other.port))
+                self._ear.sendto(what + other.launch.encode(), (other.store.rpartition(":")[0].strip("[]"), other.port))
             except OSError as error:  # it is gone, or cannot be reached, and so has no heartbeats either
-                logger.info("EDiT: replica %d cannot be told that nobody waits for it: %s", other.replica, error)
+                logger.info("EDiT: replica %d cannot be told anything: %s", other.replica, error)
 
     def _connect(self) -> Any:
         try:

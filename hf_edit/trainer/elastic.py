@@ -73,12 +73,15 @@ class TrainerElastic(_TrainerToBe):
         return common[0] if common else None
 
     def _look_around_alone(self) -> None:
-        """This replica has no state, and nobody else is there."""
+        """Nobody else is there: the training may have ended, or a checkpoint have been written meanwhile."""
         ended = Path(self.args.output_dir) / ENDED
-        if any(self._get_peers().gather_object(ended.is_file())):
+        last = json.loads(ended.read_text(encoding="utf-8"))["global_step"] if ended.is_file() else -1
+        if max(self._get_peers().gather_object(last)) >= self.state.max_steps:
             self._say_once(f"the training has ended ({ended}); nothing is left to do.")
             self._get_peers().close()
             sys.exit(0)
+        if self._resumed is not None:
+            return
         if (newest := self._newest_checkpoint()) is not None:
             raise StartAgain(newest)
         self._say_once("nobody else is there, and there is no checkpoint: waiting for the other replicas.")
