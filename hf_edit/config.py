@@ -1,8 +1,9 @@
 """EDiTConfig: every knob of the method, said once.
 
 A field's `help` is its only description: `--help` of a script shows it, the README's table is made from it, and a test
-fails when the two drift apart. The defaults are the paper's method (EDiT, arXiv 2412.07210), but for the warm-up of the
-outer momentum: without it runs of a few dozen syncs end at a higher loss (examples/benchmarks/convergence.py).
+fails when the two drift apart. The defaults are the paper's method (EDiT, arXiv 2412.07210), but for the outer
+momentum: it warms up, and shrinks with the learning rate. Without that, runs of a few dozen syncs end at a higher loss
+(examples/benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any, Literal
 CONFIG_ENV_VAR = "EDIT_CONFIG"
 
 UNIFORM = {"weighting": "uniform", "anomaly_threshold": None, "max_pseudo_grad_norm": None}  # no penalty
-DILOCO = {"outer_warmup_syncs": 0, "outer_lr": 0.7, "outer_momentum": 0.9, **UNIFORM}
+AT_ONCE = {"outer_warmup_syncs": 0, "momentum_follows_lr": False}  # the outer momentum as it is, all the time
+DILOCO = {**AT_ONCE, "outer_lr": 0.7, "outer_momentum": 0.9, **UNIFORM}
 PRESETS: dict[str, dict[str, Any]] = {
-    "edit": {"outer_warmup_syncs": 0},
-    "a-edit": {"outer_warmup_syncs": 0, "sync_seconds": 600.0, "weighting": "norm"},
+    "edit": AT_ONCE,
+    "a-edit": {**AT_ONCE, "sync_seconds": 600.0, "weighting": "norm"},
     "diloco": DILOCO,
     "streaming-diloco": {**DILOCO, "overlap": "delayed", "fragments": 4, "compression": "int4"},
-    "co2": {"outer_warmup_syncs": 0, "outer_optimizer": "sgd", "outer_lr": 1.0, "outer_momentum": 0.2,
+    "co2": {**AT_ONCE, "outer_optimizer": "sgd", "outer_lr": 1.0, "outer_momentum": 0.2,
             "overlap": "delayed", **UNIFORM},
     "post-local-sgd": {"outer_optimizer": "none", **UNIFORM},
     "muon": {"outer_optimizer": "none", "sync_moments": "both"},
@@ -38,7 +40,7 @@ def _knob(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class EDiTConfig:
-    """The settings of EDiT. `EDiTConfig()` is the paper's method with a warm-up of the outer momentum;
+    """The settings of EDiT. `EDiTConfig()` is the paper's method with an outer momentum that warms up and cools down;
     `EDiTConfig.preset("edit")` leaves that out, and other names give the method's relatives.
 
     `warmup_steps` is also accepted and readable under that name; the field, and so the command-line flag, is
@@ -82,7 +84,7 @@ class EDiTConfig:
         "goes from 1 to its value. 0: both hold from the first sync, as in the paper.",
     )
     momentum_follows_lr: bool = _knob(
-        False,
+        True,
         "The outer momentum shrinks with the inner learning rate (as SlowMo's, arXiv 1910.00643), so that what was "
         "learnt at a high one does not carry a training too far at its end.",
     )

@@ -23,7 +23,7 @@ DESIGN = dict(
 def test_the_defaults_are_the_papers_method() -> None:
     config = EDiTConfig()
     assert {name: getattr(config, name) for name in DESIGN} == DESIGN
-    assert EDiTConfig.preset("edit") == dataclasses.replace(config, outer_warmup_syncs=0)
+    assert EDiTConfig.preset("edit") == dataclasses.replace(config, outer_warmup_syncs=0, momentum_follows_lr=False)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Each method: an EDiTConfig preset, None for the defaults, and what differs from it. "sync" is the plain Trainer over
+# Each method: an EDiTConfig preset, None for the defaults but without momentum_follows_lr, which most runs here were
+# made before (the defaults are "edit-follows-lr"), and what differs from it. "sync" is the plain Trainer over
 # all ranks; "sync-same-time" too, with as many steps, and a schedule over these, as it has time for in EDiT's.
 METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "sync": (None, {"num_replicas": 1}),
@@ -138,7 +139,9 @@ class Job:
         """An EDiTConfig preset's name or None, and the settings on top of it."""
         preset, settings = METHODS[self.method]
         trigger = {"sync_interval": self.tau} if self.sync_seconds is None else {"sync_seconds": self.sync_seconds}
-        return preset, {"num_replicas": self.num_replicas, **trigger, "edit_warmup_steps": self.warmup, **settings}
+        before = {} if preset else {"momentum_follows_lr": False}
+        common = {"num_replicas": self.num_replicas, **trigger, "edit_warmup_steps": self.warmup}
+        return preset, {**before, **common, **settings}
 
     @property
     def eval_steps(self) -> int:
