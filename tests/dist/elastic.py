@@ -1,0 +1,184 @@
+"""Replicas that come and go, as processes of their own: what one of them does, and what keeps them.
+
+    python -m tests.dist.elastic REPLICA FAULT FOLDER     (a process of `Replicas`)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hf_edit.method.membership as membership
+from hf_edit.config import EDiTConfig
+from hf_edit.peers.elastic import ElasticPeers
+from hf_edit.peers.layout import Layout
+from hf_edit.peers.lighthouse import serve
+from hf_edit.sync.engine import Engine
+from tests.dist.nets import Net, batch, make_optimizer
+
+HEARTBEAT_SECONDS = 1.0
+NEVER = "never"
+
+
+class Dying(ElasticPeers):
+    """Its process is killed at a fault's second occasion: "KIND" where something begins, "KIND-after" where it ended."""
+
+    def __init__(self, *args: Any, fault: str, note: Callable[..., None]) -> None:
+        super().__init__(*args)
+        self.fault, self.note, self.left = fault, note, 2
+
+    def occasion(self, fault: str) -> None:
+        if fault != self.fault:
+            return
+        self.left -= 1
+        if self.left == 0:
+            self.note("dies", fault=fault)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def begin(self, sync: int) -> list[int]:
+        members = super().begin(sync)
+        self.occasion("begin-after")
+        return members
+
+    def gather(self, vector: Tensor) -> Any:
+        self.occasion("vote" if vector.numel() == 1 else "gather")
+        return super().gather(vector)
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> Any:
+        pending = super().all_reduce(tensors)
+        self.occasion("all_reduce-after")
+        return pending
+
+    def commit(self, sync: int) -> bool:
+        self.occasion("commit")
+        done = super().commit(sync)
+        self.occasion("commit-after")
+        return done
+
+    def send(self, tensor: Tensor, replica: int) -> None:
+        self.occasion("send")
+        super().send(tensor, replica)
+
+    def receive(self, tensor: Tensor, replica: int) -> None:
+        self.occasion("receive")
+        super().receive(tensor, replica)
+
+
+def replica(number: int, fault: str, folder: Path) -> None:
+    """Trains until a file says that it is enough, and ends together with the others."""
+    settings = json.loads((folder / "settings.json").read_text())
+    pause = settings.pop("pauses")[number]
+    torch.set_num_threads(1)
+    membership.START_SECONDS = 3.0
+    life = f"{number}.{time.time()}"
+    config = EDiTConfig(elastic=True, heartbeat_seconds=HEARTBEAT_SECONDS, **settings)
+    assert config.num_replicas is not None
+    file = (folder / f"replica-{life}.jsonl").open("a")
+
+    def note(what: str, **values: Any) -> None:
+        file.write(json.dumps({"what": what, "replica": number, "at": time.time(), **values}) + "\n")
+        file.flush()
+
+    peers = Dying(
+        Layout(config.num_replicas, 1, number), 60.0, HEARTBEAT_SECONDS, config.min_replicas,
+        os.environ["TORCHFT_LIGHTHOUSE"], fault=fault, note=note,
+    )  # fmt: skip
+    model = Net(seed=number)  # the first meeting makes them equal
+    optimizer = make_optimizer("adamw", model.parameters())
+    engine = Engine(model, optimizer, config, peers)
+    note("begins")
+    engine.join()
+    told = round(engine.progress.totals[number])
+    note("joined", sync=engine.sync.sync_count, told=told, moments=len(optimizer.state), members=peers.meeting.replicas)
+    steps = 0
+    while not (folder / "enough").exists():
+        peers.occasion("step")
+        x, y = batch(told + steps, number)
+        nn.functional.mse_loss(model(x), y).backward()
+        engine.tally(loss=1.0)
+        engine.before_optimizer_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+        time.sleep(pause)
+        before = engine.sync.sync_count
+        engine.step()
+        if engine.sync.sync_count != before:
+            note("synced", sync=engine.sync.sync_count, members=peers.meeting.replicas, steps=steps)
+    engine.barrier()
+    note(
+        "ended", sync=engine.sync.sync_count, steps=told + steps, totals=engine.progress.totals,
+        confirmed=engine.progress.confirmed, finite=all(bool(p.isfinite().all()) for p in model.parameters()),
+        params=[float(p.detach().double().sum()) for p in model.parameters()],
+        anchors=[float(state.anchor.double().sum()) for state in engine.sync.states],
+    )  # fmt: skip
+    peers.close()
+
+
+class Replicas:
+    """Starts a lighthouse, and processes of `replica`; what they have noted."""
+
+    def __init__(self, folder: Path, num_replicas: int, pauses: Sequence[float], **settings: Any) -> None:
+        self.folder = folder
+        self.server = serve(0, HEARTBEAT_SECONDS)
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        text = json.dumps({"num_replicas": num_replicas, "pauses": list(pauses), **settings})
+        (folder / "settings.json").write_text(text)
+
+    def start(self, number: int, fault: str = NEVER) -> None:
+        port = self.server.address().rpartition(":")[2]
+        env = {**os.environ, "TORCHFT_LIGHTHOUSE": f"127.0.0.1:{port}"}
+        words = [sys.executable, "-m", "tests.dist.elastic", str(number), fault, str(self.folder)]
+        with (self.folder / f"output-{number}.txt").open("ab") as output:
+            self.processes[number] = subprocess.Popen(words, env=env, stdout=output, stderr=output)
+
+    def notes(self, what: str | None = None, number: int | None = None) -> list[dict[str, Any]]:
+        """In the order of time."""
+        lines = [line for path in self.folder.glob("replica-*.jsonl") for line in path.read_text().splitlines()]
+        found = sorted(map(json.loads, lines), key=lambda note: note["at"])
+        return [n for n in found if what in (None, n["what"]) and number in (None, n["replica"])]
+
+    def wait(self, fact: Callable[[], Any], seconds: float = 60.0) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (found := fact()):
+            failed = {number: code for number, process in self.processes.items() if (code := process.poll())}
+            failed = {number: code for number, code in failed.items() if code != -signal.SIGKILL}
+            assert not failed, f"{failed}: {self.outputs()}"
+            assert time.monotonic() < deadline, f"waited {seconds} s; {self.notes()[-12:]}; {self.outputs()}"
+            time.sleep(0.05)
+        return found
+
+    def wait_for_syncs(self, number: int, count: int) -> None:
+        """More of a replica, from now on."""
+        before = len(self.notes("synced", number))
+        self.wait(lambda: len(self.notes("synced", number)) >= before + count)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """All end; what each noted at its end."""
+        (self.folder / "enough").touch()
+        living = [number for number, process in self.processes.items() if process.poll() is None]
+        self.wait(lambda: all(self.processes[number].poll() == 0 for number in living))
+        return self.notes("ended")
+
+    def outputs(self) -> str:
+        return "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("output-*.txt")))
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+        self.server.shutdown()
+
+
+if __name__ == "__main__":
+    replica(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,143 @@
+"""Replicas are killed, stopped, slow, and come back: the others go on with what all have learnt."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.elastic import HEARTBEAT_SECONDS, Replicas
+
+pytestmark = pytest.mark.skipif(find_spec("torchft") is None, reason="hf_edit[elastic] is not installed")
+
+FAULTS = ["step", "begin-after", "gather", "all_reduce-after", "commit", "vote", "commit-after", "receive"]
+OVERLAPS = [{"overlap": "none"}, {"overlap": "delayed", "delay_steps": 2}]
+
+Make = Callable[..., Replicas]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    made: list[Replicas] = []
+
+    def replicas(*args: Any, **settings: Any) -> Replicas:
+        made.append(Replicas(tmp_path, *args, **settings))
+        return made[-1]
+
+    yield replicas
+    for one in made:
+        one.close()
+
+
+def check_ends(ends: list[dict[str, Any]], count: int) -> None:
+    """All ended equal, and what each has learnt was told."""
+    assert len(ends) == count
+    for end in ends:
+        assert end["finite"]
+        for name in ("sync", "params", "anchors", "totals", "confirmed"):
+            assert end[name] == ends[0][name], name
+        assert end["totals"][end["replica"]] == end["steps"], "every step was told once"
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS, ids=["none", "delayed"])
+def test_a_replica_dies_at_every_point_and_comes_back(make: Make, overlap: dict[str, Any]) -> None:
+    replicas = make(3, [0.02] * 3, sync_interval=4, **overlap)
+    for number in (0, 1):
+        replicas.start(number)
+    for fault in FAULTS:
+        replicas.start(2, fault)
+        replicas.wait(lambda: replicas.processes[2].poll() is not None)
+        replicas.wait_for_syncs(0, 2)
+        replicas.wait_for_syncs(1, 2)
+    assert [note["fault"] for note in replicas.notes("dies")] == FAULTS
+    replicas.start(2)
+    replicas.wait_for_syncs(2, 2)
+    check_ends(replicas.finish(), 3)
+    began, joined = replicas.notes("begins", 2)[-1], replicas.notes("joined", 2)
+    assert joined[-1]["at"] - began["at"] < 30
+    assert all(note["moments"] > 0 for note in joined[1:]), "it got an inner optimizer's state"
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS, ids=["none", "delayed"])
+def test_the_one_that_heals_dies(make: Make, overlap: dict[str, Any]) -> None:
+    replicas = make(3, [0.02] * 3, sync_interval=4, **overlap)
+    replicas.start(0, "send")  # once at the beginning, where all take its parameters; then for the one that comes back
+    replicas.start(1)
+    replicas.start(2)
+    replicas.wait(lambda: replicas.notes("dies", 0))  # "send" occurs several times in one healing
+    replicas.wait_for_syncs(1, 2)
+    replicas.start(0)
+    replicas.wait_for_syncs(0, 2)
+    check_ends(replicas.finish(), 3)
+
+
+def test_survivors_commit_soon_after_a_kill(make: Make) -> None:
+    replicas = make(2, [0.02] * 2, sync_interval=4, overlap="none")
+    replicas.start(0)
+    replicas.start(1)
+    replicas.wait_for_syncs(0, 3)
+    replicas.processes[1].send_signal(signal.SIGKILL)
+    killed_at = time.time()
+    replicas.wait_for_syncs(0, 3)
+    alone = [note["at"] for note in replicas.notes("synced", 0) if note["members"] == [0]]
+    assert alone[0] - killed_at < HEARTBEAT_SECONDS + 3.0
+    ends = replicas.finish()
+    assert [end["replica"] for end in ends] == [0]
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_replica_is_left_out_and_goes_on_with_what_it_has(make: Make, stopped: int) -> None:
+    replicas = make(2, [0.02] * 2, sync_interval=4, overlap="delayed", delay_steps=2)
+    replicas.start(0)
+    replicas.start(1)
+    replicas.wait_for_syncs(0, 3)
+    replicas.processes[stopped].send_signal(signal.SIGSTOP)
+    replicas.wait_for_syncs(1 - stopped, 4)
+    replicas.processes[stopped].send_signal(signal.SIGCONT)
+    replicas.wait_for_syncs(stopped, 3)
+    assert replicas.notes("synced", stopped)[-1]["members"] == [0, 1]
+    check_ends(replicas.finish(), 2)
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_of_two_a_slow_one_is_waited_for_only_so_long(make: Make, slow: int) -> None:
+    """torchft's lighthouse alone would have the other one wait without end."""
+    pauses = [0.02, 0.02]
+    pauses[slow] = 0.8  # 3.2 s between its syncs
+    replicas = make(2, pauses, sync_interval=4, overlap="none")
+    replicas.start(0)
+    replicas.start(1)
+    replicas.wait_for_syncs(slow, 3)
+    alone = [note for note in replicas.notes("synced", 1 - slow) if note["members"] == [1 - slow]]
+    assert len(alone) >= 2
+    assert all(note["members"] == [0, 1] for note in replicas.notes("synced", slow)), "it never went on alone"
+    check_ends(replicas.finish(), 2)
+
+
+def test_a_lone_fresh_replica_waits(make: Make) -> None:
+    replicas = make(2, [0.02] * 2, sync_interval=4, overlap="none")
+    replicas.start(1)
+    replicas.wait(lambda: replicas.notes("begins", 1))
+    time.sleep(3.0)
+    assert not replicas.notes("joined")
+    replicas.start(0)
+    replicas.wait_for_syncs(0, 1)
+    check_ends(replicas.finish(), 2)
+
+
+def test_a_second_launch_takes_the_place_of_the_first(make: Make) -> None:
+    replicas = make(2, [0.02] * 2, sync_interval=4, overlap="none")
+    replicas.start(0)
+    replicas.start(1)
+    replicas.wait_for_syncs(0, 2)
+    first = replicas.processes[1]
+    replicas.start(1)
+    assert first.wait(timeout=30) == 1
+    assert "A later launch of replica 1 has come" in replicas.outputs()
+    replicas.wait_for_syncs(1, 2)
+    check_ends(replicas.finish(), 2)
