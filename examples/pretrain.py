@@ -12,6 +12,7 @@ the tokenizer, loss.png and summary.json. Every setting is a flag: see --help. C
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -129,10 +130,12 @@ def load_tokenizer(script: ScriptArguments, args: TrainingArguments, documents: 
     """The named tokenizer, or a byte-level BPE trained on the corpus by the first process and read by the others."""
     if script.tokenizer:
         return AutoTokenizer.from_pretrained(script.tokenizer)
+    # Replicas that are launches of their own (elastic) may start at one moment, and write at one moment.
+    folder = Path(args.output_dir) / (f"replica-{replica}" if (replica := os.environ.get("EDIT_REPLICA")) else "")
     if args.local_process_index == 0:
         texts = (row["text"] for row in (documents.take(5_000) if script.streaming else documents))
-        train_tokenizer(texts, script.vocab_size).save_pretrained(args.output_dir)
-    return AutoTokenizer.from_pretrained(args.output_dir)
+        train_tokenizer(texts, script.vocab_size).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def split_and_pack(script: ScriptArguments, args: TrainingArguments, documents: Any, tokenizer: Any) -> tuple[Any, Any]:

@@ -55,6 +55,8 @@ class ElasticPeers:
         self.replica = layout.replica
         self.bytes_sent = 0
         self.inside = Replica(layout.alone, timeout_seconds)
+        # What the ranks say to each other of a sync, beside the training, which talks through `inside` meanwhile.
+        self.beside = Replica(layout.alone, timeout_seconds)
         self.meeting: Meeting | None = None
         self.in_doubt: str | None = None  # the key of the last meeting, if others may have committed it
         self.settings = ""  # what must be equal on all replicas; before the first meeting
@@ -75,7 +77,7 @@ class ElasticPeers:
     def begin(self, sync: int) -> list[int]:
         since, patient = time.monotonic(), False
         while True:
-            if self.inside.count(self._error is not None):
+            if self.beside.count(self._error is not None):
                 self._drop()
             self._error = None
             meeting = self._checked(self._meet(sync - 1, patient, since))
@@ -92,7 +94,7 @@ class ElasticPeers:
                 time.sleep(RETRY_SECONDS)
                 continue
             self._connect(meeting)
-            if not self.inside.count(self._error is not None):
+            if not self.beside.count(self._error is not None):
                 self.meeting = meeting
                 if self._lighthouse is not None:
                     self._lighthouse.begin()
@@ -132,8 +134,8 @@ class ElasticPeers:
         complete = self._error is None
         if complete:  # tells the others, whose own is complete where they hear it of all
             self.gather(torch.ones(1))()
-        heard = self.inside.count(self._error is None) == self.inside.size
-        self.in_doubt = meeting.key if not heard and self.inside.count(complete) == self.inside.size else None
+        heard = self.beside.count(self._error is None) == self.beside.size
+        self.in_doubt = meeting.key if not heard and self.beside.count(complete) == self.beside.size else None
         if heard:
             self._commits.append(meeting.key)
         else:
@@ -188,6 +190,7 @@ class ElasticPeers:
 
     def make_host_groups(self) -> None:
         self.inside.make_host_group()
+        self.beside.make_host_group()
 
     def wait_for_arrivals(self, seconds: float) -> None:
         """A quorum waits by itself."""
@@ -219,7 +222,7 @@ class ElasticPeers:
             found = None
             if self._lighthouse is not None and (found := self._lighthouse.met(LOOK_SECONDS)) is None:
                 self._say(self._lighthouse.trouble or "no quorum yet: the others are training, or away", since)
-            if (meeting := self.inside.tell(found)) is not None:
+            if (meeting := self.beside.tell(found)) is not None:
                 return cast(Meeting, meeting)
 
     def _say(self, why: str, since: float) -> None:

@@ -159,7 +159,7 @@ class Healing:
             norms.append(square_norm(delta))
             run.bases[place] = doubt.params[place]
         count = len(run.units)
-        run.sent[:count] = self._peers.inside.sum_in_host(torch.stack(norms))
+        run.sent[:count] = self._peers.beside.sum_in_host(torch.stack(norms))
         run.already_told = doubt.told
         for place, name in enumerate(run.tally_names):
             if name in ADDED_UP:
