@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Replicas that come and go: trains a Llama with some on this machine, kills them now and then, and launches them again.
+"""Replicas that come and go: trains a Llama with some on this machine, kills them now and then, launches them again.
 
     python examples/elastic_demo.py
 
@@ -14,13 +14,14 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 HERE = Path(__file__).parent
 REPLICA = {  # of pretrain.py; what is given on the command line wins
@@ -85,6 +86,7 @@ class Replica:
     def __init__(self, number: int, arguments: argparse.Namespace, others: Sequence[str], address: str) -> None:
         self.number, self.folder = number, arguments.output_dir
         self.lives: list[list[float]] = []
+        self.log = self.folder / f"replica-{number}.log"
         self.process: subprocess.Popen[bytes] | None = None
         config = HERE.parent / "accelerate_configs" / "elastic_replica.yaml"
         flags = {**REPLICA, "num_replicas": arguments.num_replicas, "heartbeat_seconds": arguments.heartbeat_seconds,
@@ -96,10 +98,8 @@ class Replica:
         self._env = {"OMP_NUM_THREADS": "1", **os.environ, "EDIT_REPLICA": str(number), "TORCHFT_LIGHTHOUSE": address}
 
     def launch(self) -> None:
-        with (self.folder / f"replica-{self.number}.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                self._words, env=self._env, stdout=log, stderr=log, start_new_session=True
-            )  # a session, so that the launcher and what it has started can be killed together
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self._words, env=self._env, stdout=log, stderr=log)
         self.lives.append([time.time(), 0.0])
 
     @property
@@ -109,11 +109,15 @@ class Replica:
     @property
     def trains(self) -> bool:
         """True if its present life has come to a sync."""
-        return bool(self.lives) and any(note["kind"] == "run" and note["at"] > self.lives[-1][0] for note in self.notes())
+        return bool(self.lives) and any(
+            note["kind"] == "run" and note["at"] > self.lives[-1][0] for note in self.notes()
+        )
 
     def kill(self) -> None:
         if self.process is not None and not self.ended:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            launcher = psutil.Process(self.process.pid)
+            for process in [*launcher.children(recursive=True), launcher]:
+                process.kill()
             self.process.wait()
         if self.lives and not self.lives[-1][1]:
             self.lives[-1][1] = time.time()
@@ -144,9 +148,13 @@ def run(replicas: Sequence[Replica], arguments: argparse.Namespace) -> list[dict
             if replica.ended and replica.number not in back_at and not replica.lives[-1][1]:
                 replica.lives[-1][1] = now
                 if code := replica.process.returncode if replica.process else 0:
-                    sys.exit(f"replica {replica.number} ended with code {code}; see {replica.folder}/replica-{replica.number}.log")
+                    sys.exit(f"replica {replica.number} ended with code {code}; see {replica.log}")
                 next_at = float("inf")  # the training is over
-        if next_at == float("inf") and len(faults) < arguments.faults and all(r.trains and not r.ended for r in replicas):
+        if (
+            next_at == float("inf")
+            and len(faults) < arguments.faults
+            and all(r.trains and not r.ended for r in replicas)
+        ):
             next_at = now + arguments.fault_seconds
         for number in [number for number, at in back_at.items() if now >= at]:
             del back_at[number]
@@ -169,7 +177,11 @@ def report(folder: Path, replicas: Sequence[Replica], faults: Sequence[dict[str,
     returns = []
     for replica, history in zip(replicas, histories, strict=True):
         starts = [note["at"] for note in history if note["kind"] == "run"]
-        returns += [min(at for at in starts if at > life[0] - 1) - life[0] for life in replica.lives[1:] if starts and max(starts) > life[0] - 1]
+        returns += [
+            min(at for at in starts if at > life[0] - 1) - life[0]
+            for life in replica.lives[1:]
+            if starts and max(starts) > life[0] - 1
+        ]
     most = max((note["sync"] for history in histories for note in history if note["kind"] == "sync"), default=0)
     summary = {
         "seconds": time.time() - began_at,
@@ -214,16 +226,38 @@ def draw(
         color = f"C{replica.number}"
         for life in replica.lives:
             notes = [note["at"] for note in history if life[0] - 1 <= note["at"] <= (life[1] or time.time())]
-            above.barh(replica.number, (notes[0] if notes else life[1]) - life[0], left=life[0] - began_at, height=0.5, color=color, alpha=0.3)
+            above.barh(
+                replica.number,
+                (notes[0] if notes else life[1]) - life[0],
+                left=life[0] - began_at,
+                height=0.5,
+                color=color,
+                alpha=0.3,
+            )
             if notes:
                 above.barh(replica.number, life[1] - notes[0], left=notes[0] - began_at, height=0.5, color=color)
         syncs = [note["at"] - began_at for note in history if note["kind"] == "sync"]
         above.plot(syncs, [replica.number] * len(syncs), "|", color="white", markersize=8)
         losses = [(note["at"] - began_at, note["loss"]) for note in history if note["kind"] == "log" and "loss" in note]
-        below.plot(*zip(*losses, strict=True) if losses else ([], []), ".", markersize=3, color=color, label=f"replica {replica.number}")
+        below.plot(
+            *zip(*losses, strict=True) if losses else ([], []),
+            ".",
+            markersize=3,
+            color=color,
+            label=f"replica {replica.number}",
+        )
     for number, fault in enumerate(faults):
-        above.plot(fault["at"] - began_at, fault["replica"], "x", color="black", markersize=9, label=None if number else "killed")
-    above.set(yticks=range(len(replicas)), ylabel="replica", title="Pale: starting, and waiting for a sync. White: syncs.")
+        above.plot(
+            fault["at"] - began_at,
+            fault["replica"],
+            "x",
+            color="black",
+            markersize=9,
+            label=None if number else "killed",
+        )
+    above.set(
+        yticks=range(len(replicas)), ylabel="replica", title="Pale: starting, and waiting for a sync. White: syncs."
+    )
     below.set(xlabel="seconds", ylabel="training loss (nats per token)")
     for axes in (above, below):
         axes.legend(frameon=False)

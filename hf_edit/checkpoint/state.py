@@ -143,7 +143,7 @@ def read_host(folder: Path, manifest: Manifest, layout: Layout, elastic: bool = 
     same = (layout.num_replicas, layout.replica_size) == (manifest.num_replicas, manifest.replica_size)
     same = same and elastic == manifest.config.get("elastic", False)
     progress = host["rank"].get("progress")
-    host["totals"] = progress["totals"] if same and progress else []
+    host["totals"] = progress["totals"] if same and elastic and progress else []
     return host if same and manifest.part_for(layout.replica) == layout.replica else {**host, "rank": None}
 
 

@@ -58,7 +58,7 @@ class Meeting:
 
     @property
     def source(self) -> News:
-        """The member that heals the others: one of those that hold the last sync, of two such the one committed last."""
+        """The member that heals the others: it holds the last sync, and of two such the one that was committed last."""
         return max(self.members, key=lambda member: (member.sync, member.last_commit, -member.replica))
 
     @property
@@ -73,7 +73,8 @@ class Meeting:
         return [
             member.replica
             for member in self.members
-            if member is not source and (member.last_commit != source.last_commit or member.sync != source.sync or not source.sync)
+            if member is not source
+            and (member.last_commit != source.last_commit or member.sync != source.sync or not source.sync)
         ]
 
     @property
@@ -90,7 +91,9 @@ class Meeting:
     def must_look_again(self) -> bool:
         """True if others may have met since any of these did, and may be about to come: they would be left behind."""
         known = max(member.quorum for member in self.members)
-        return self.sync > 0 and known not in (self.quorum - 1, self.quorum) and not all(m.patient for m in self.members)
+        return (
+            self.sync > 0 and known not in (self.quorum - 1, self.quorum) and not all(m.patient for m in self.members)
+        )
 
 
 def members_of(everyone: Sequence[News]) -> tuple[News, ...]:

@@ -11,7 +11,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -23,7 +22,7 @@ from hf_edit.method.membership import KEPT_COMMITS, Meeting, why_wait
 from hf_edit.peers.faults import Pending, start
 from hf_edit.peers.group import PIECE_BYTES, ProcessGroupPeers
 from hf_edit.peers.layout import Layout, ring_bytes
-from hf_edit.peers.lighthouse import RETRY_SECONDS, Lighthouse
+from hf_edit.peers.lighthouse import RETRY_SECONDS, Lighthouse, new_group
 from hf_edit.peers.replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -256,12 +255,10 @@ class ElasticPeers:
         self._connected = members
         if len(members) == 1:
             return
-        from torchft.process_group import ProcessGroupGloo
-
         patience = self._heartbeat_seconds
         if meeting.stale:
             patience += self.state_bytes / HEALING_BYTES_PER_SECOND
-        group = ProcessGroupGloo(timeout=timedelta(seconds=patience))
+        group = new_group(patience)
         place = f"{meeting.members[0].store}/{meeting.key}/{self.layout.shard}"
         try:
             group.configure(place, f"edit_{self.replica}", meeting.replicas.index(self.replica), len(members))

@@ -1,10 +1,10 @@
-"""Who is there: the replicas that have come to a sync, by torchft's lighthouse. The only file that knows torchft's parts.
+"""Who is there: the replicas that have come to a sync, by torchft's lighthouse. The only file that knows torchft.
 
-What is needed of torchft (0.2): `LighthouseServer`, which makes a quorum of those that ask, and waits `heartbeat_seconds`
-for those that are alive and do not; `LighthouseClient`; `ProcessGroupGloo`, which is made anew for other members. Its
-`Manager` is not used: it takes no part of what is said at a quorum, cannot end a quorum for good when it has failed
-once, and has two replicas wait for each other as long as both are alive. An engine of torch's own (`reconfigure`,
-experimental in torch 2.14) would need what `meet` returns: equal members on all of them, each with its news, and a key.
+What is needed of torchft (0.2): `LighthouseServer`, which makes a quorum of those that ask, and waits
+`heartbeat_seconds` for those that are alive and do not; `LighthouseClient`; `ProcessGroupGloo`, which is made anew for
+other members. Its `Manager` is not used: members cannot tell anything at its quorum, one that has failed poisons it for
+good, and two replicas wait for each other as long as both are alive. An engine of torch's own (`reconfigure`,
+experimental in torch 2.14) would need what `met` returns: equal members on all of them, each with its news, and a key.
 
 A lighthouse makes no quorum of half of the living, so of two replicas a slow one would be waited for without end. Who
 has waited for `heartbeat_seconds` tells the others so, and one that is still training stops its heartbeats until it
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore
+import torch.distributed as dist
 
 from hf_edit.method.membership import Meeting, News, members_of
 
@@ -53,6 +53,14 @@ def torchft() -> Any:
             "x86-64), or set elastic=False."
         ) from error
     return coordination
+
+
+def new_group(timeout_seconds: float) -> Any:
+    """A gloo group that is yet to be told its members (`configure`), and gives up what makes no progress for so long.
+    Not of its ranks' world."""
+    from torchft.process_group import ProcessGroupGloo
+
+    return ProcessGroupGloo(timeout=timedelta(seconds=timeout_seconds))
 
 
 def serve(port: int, heartbeat_seconds: float) -> Any:
@@ -87,7 +95,7 @@ class Lighthouse:
         self._client_class = torchft().LighthouseClient
         self.launch, self._launched_at = uuid.uuid4().hex, time.time()
         host = _own_address(self._address)
-        self.store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.store: Any = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         self._place = f"{host}:{self.store.port}"
         self._ear = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
         self._ear.bind((host, 0))
@@ -104,7 +112,9 @@ class Lighthouse:
         self._questions: queue.SimpleQueue[News] = queue.SimpleQueue()
         self._answer: Any = None
         self._answered = threading.Event()
-        threads = [threading.Thread(target=work, name="hf_edit-lighthouse", daemon=True) for work in (self._ask, self._beat)]
+        threads = [
+            threading.Thread(target=work, name="hf_edit-lighthouse", daemon=True) for work in (self._ask, self._beat)
+        ]
         for thread in threads:
             thread.start()
         self._beating = threads[1]

@@ -86,7 +86,7 @@ class Replica:
         return tensor
 
     def make_host_group(self) -> None:
-        """What `lead`, `tell`, `count` and `sum_in_host` need. All ranks of the world call it together, before the first one."""
+        """What `lead`, `tell`, `count` and `sum_in_host` need. All ranks of the world call it together, before them."""
         if self.group is not None and self._host_group is self.group:
             self._host_group = with_host(self.group, self._all_ranks, self._timeout)
 

@@ -25,7 +25,7 @@ from hf_edit.method.penalty import DetectorState, square_norm
 from hf_edit.peers.elastic import ElasticPeers
 from hf_edit.sync.equality import digest
 from hf_edit.sync.running import Running
-from hf_edit.sync.units import Unit, like_param, local_part
+from hf_edit.sync.units import like_param, local_part
 
 # Of a sync's tallies, those that add up from sync to sync.
 ADDED_UP = ("loss", "tokens", "input_tokens", "flos", "learning_rate", "inner_steps", "interval_steps")
@@ -71,8 +71,14 @@ class Healing:
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._doubts: list[Doubt] = []
         self._stepping = threading.Lock()  # a delayed sync reads the optimizer's state beside the training
-        self._optimizer.register_step_pre_hook(lambda *_: _nothing(self._stepping.acquire()))
-        self._optimizer.register_step_post_hook(lambda *_: _nothing(self._stepping.release()))
+        self._optimizer.register_step_pre_hook(self._before_step)
+        self._optimizer.register_step_post_hook(self._after_step)
+
+    def _before_step(self, *_: object) -> None:
+        self._stepping.acquire()
+
+    def _after_step(self, *_: object) -> None:
+        self._stepping.release()
 
     # -- before the exchange ------------------------------------------------------------------------------------------
 
@@ -191,7 +197,9 @@ class Healing:
         self._peers.receive(text, replica)
         outer = []
         for state in self._sync.states:
-            unit = {name: torch.empty(tensor.shape) for name, tensor in [("", state.anchor), *sorted(state.tensors.items())]}
+            unit = {
+                name: torch.empty(tensor.shape) for name, tensor in [("", state.anchor), *sorted(state.tensors.items())]
+            }
             for tensor in unit.values():
                 self._peers.receive(tensor, replica)
             outer.append(unit)
@@ -254,7 +262,3 @@ def _by_name(tensors: dict[str, Tensor]) -> list[Tensor]:
 
 def _hex(numbers: Tensor) -> str:
     return "-".join(f"{int(number):x}" for number in numbers)
-
-
-def _nothing(_: object) -> None:
-    """For hooks, whose result would be taken for arguments."""

@@ -7,8 +7,10 @@ its own data.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -130,9 +132,7 @@ def _given_parallelism(args: Any) -> ParallelismConfig | None:
     return args.parallelism_config
 
 
-def replica_accelerator_args(
-    built: dict[str, Any], args: Any, layout: Layout, elastic: bool = False
-) -> dict[str, Any]:
+def replica_accelerator_args(built: dict[str, Any], args: Any, layout: Layout, elastic: bool = False) -> dict[str, Any]:
     """The arguments of `Accelerator` for `layout`, from those that the Trainer built."""
     on_cpu = args.device.type == "cpu"
     if elastic:
@@ -210,10 +210,47 @@ def check_accelerator(accelerator: Accelerator, layout: Layout) -> None:
         )
 
 
-class _LoopAccelerator(Accelerator):
-    """Looks at a model before it is sharded, as `EDiTTrainer.train` does."""
+class PlacedAccelerator(Accelerator):
+    """An `Accelerator` that can prepare data loaders for more processes than its world has."""
+
+    _place: Layout | None = None
+
+    @contextlib.contextmanager
+    def among_all(self, layout: Layout) -> Iterator[None]:
+        """Inside, a data loader is prepared as if all replicas of `layout` were processes of one world."""
+        outside, self._place = self._place, layout
+        try:
+            yield
+        finally:
+            self._place = outside
+
+    @property
+    def num_processes(self) -> int:
+        place = self._place
+        return super().num_processes if place is None else place.num_replicas * place.replica_size
+
+    @property
+    def process_index(self) -> int:
+        return super().process_index if self._place is None else self._place.rank
+
+    @property
+    def torch_device_mesh(self) -> Any:
+        # Of a mesh, Accelerate would take how many processes read the data, and there it has one replica alone.
+        return super().torch_device_mesh if self._place is None else None
+
+
+class _LoopAccelerator(PlacedAccelerator):
+    """Looks at a model before it is sharded, as `EDiTTrainer.train` does; of replicas that are launches of their own,
+    each reads its part of the data."""
 
     edit_layout: Layout
+    elastic: bool
+
+    def prepare_data_loader(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.elastic:
+            return super().prepare_data_loader(*args, **kwargs)
+        with self.among_all(self.edit_layout):
+            return super().prepare_data_loader(*args, **kwargs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         if self.edit_layout.num_replicas > 1 and self.is_fsdp2:
@@ -243,9 +280,10 @@ def make_accelerator(config: EDiTConfig, settings: dict[str, Any]) -> Accelerato
     layout = plan_layout(args, config)
     if layout.num_replicas > 1:
         read_everywhere(data)
-    accelerator = _LoopAccelerator(**replica_accelerator_args({**settings, "dataloader_config": data}, args, layout))
-    check_accelerator(accelerator, layout)
-    accelerator.edit_layout = layout
+    built = replica_accelerator_args({**settings, "dataloader_config": data}, args, layout, config.elastic)
+    accelerator = _LoopAccelerator(**built)
+    check_accelerator(accelerator, layout.alone if config.elastic else layout)
+    accelerator.edit_layout, accelerator.elastic = layout, config.elastic
     return accelerator
 
 

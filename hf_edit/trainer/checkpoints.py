@@ -132,7 +132,9 @@ class TrainerCheckpoints(_TrainerToBe):
         group = dist.group.WORLD if dist.is_initialized() else None
         if self.edit_layout.num_replicas > 1:
             group = self._get_peers().inside.group
-        return checkpoint.Training(self.edit_layout, self.model_wrapped, self.optimizer, group, self._engine, self.edit_config.elastic)
+        return checkpoint.Training(
+            self.edit_layout, self.model_wrapped, self.optimizer, group, self._engine, self.edit_config.elastic
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Private in transformers 5.23, as are the underscored methods below; tests/launch resumes bit for bit.

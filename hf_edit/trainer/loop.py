@@ -15,7 +15,7 @@ import hf_edit.checkpoint.state as checkpoint
 from hf_edit.checkpoint.manifest import Manifest, check_model, problem, seal, start
 from hf_edit.checkpoint.outer import outer_tensors
 from hf_edit.config import EDiTConfig
-from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.peers.elastic import ElasticPeers, make_peers
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import is_prepared
@@ -71,13 +71,14 @@ class EDiT:
         self._said_dropped = False
         self._logs: deque[dict[str, float]] = deque(maxlen=KEPT_LOGS)
         self._own_steps = self._steps_of_all = 0
+        self._peers: Any = None  # ProcessGroupPeers or ElasticPeers
         self._journal: Journal | None = None
         if accelerator.is_main_process:
             plain = "" if self.layout.num_replicas > 1 else ": nothing to sync"
             logger.warning("EDiT: %s%s.", self.layout, plain)
         if self.layout.num_replicas == 1:
             return
-        if not is_prepared(model):
+        if not is_prepared(model) and not (self.config.elastic and self.layout.replica_size == 1):
             raise ValueError(
                 f"The model is a plain {type(model).__name__}. Give EDiT what accelerator.prepare(model, optimizer) "
                 "returned."
@@ -94,8 +95,8 @@ class EDiT:
             )
         check_optimizer(optimizer, self.layout, self.config)
         keep_loader_local(accelerator)
-        self._peers = ProcessGroupPeers(self.layout, self.config.longest_wait_seconds)
-        self._start(first_step=0)
+        self._peers = make_peers(self.layout, self.config)
+        self._join(self._start(first_step=0))
         if output_dir is not None and accelerator.is_main_process:
             self._journal = Journal(Path(output_dir) / NAME)
             self._begin_journal()
@@ -120,6 +121,14 @@ class EDiT:
         self._engine = Engine(self._model, self._optimizer, self.config, self._peers, first_step=first_step)
         return self._engine
 
+    def _join(self, engine: Engine) -> None:
+        """Of replicas that are launches of their own, this one comes to the others' next sync."""
+        if self.config.elastic:
+            engine.join()
+            told = engine.progress.totals
+            self._own_steps = engine.schedule.step = round(told[self.layout.replica]) if told else 0
+            self._steps_of_all = round(engine.progress.value)
+
     def _begin_journal(self) -> None:
         if self._journal is not None and self._engine is not None:
             self._journal.begin(self._steps_of_all, **description(self.layout, self._engine))
@@ -136,6 +145,8 @@ class EDiT:
             return
         if kind is None:
             self._engine.barrier()
+            if isinstance(self._peers, ElasticPeers):
+                self._peers.close()
             self._note_steps()
             self._keep_logs()
         if self._journal is not None:
@@ -177,10 +188,16 @@ class EDiT:
         """
         if self._engine is None:
             return
-        if self._engine.by_time:
+        if self._engine.by_time or self.config.elastic:
             self._engine.barrier()
         else:
             self._engine.flush()
+
+    @property
+    def own_steps(self) -> int:
+        """Optimizer steps of this replica, of all its launches, that the others know of at its launch, and since: a
+        replica that is launched again (elastic) goes on behind them in its data."""
+        return self._own_steps if self._engine is None else self._engine.schedule.step
 
     @property
     def progress(self) -> float:
@@ -277,7 +294,12 @@ class EDiT:
         folder = Path(folder)
         self.flush()
         self._note_steps()
-        first = self.layout.rank == 0
+        writers = [self.layout.replica]
+        if isinstance(self._peers, ElasticPeers):
+            writers = self._peers.meeting.replicas if self._peers.meeting else writers
+            if self.layout.replica != writers[0]:
+                return
+        first = self._accelerator.process_index == 0
         if first:
             start(folder)
         self._accelerator.wait_for_everyone()
@@ -286,10 +308,12 @@ class EDiT:
             "stateful": {name: thing.state_dict() for name, thing in stateful.items()},
         }
         step = self._steps_of_all
-        checkpoint.save(folder, self._training(), step, host, write_outer=self.layout.replica == 0)
+        writes_outer = self.config.elastic or self.layout.replica == 0
+        checkpoint.save(folder, self._training(), step, host, write_outer=writes_outer)
         self._accelerator.wait_for_everyone()
         if first:
-            seal(folder, checkpoint.describe(self._training(), step, self.config))
+            parts = writers[:1] if self.config.elastic else None
+            seal(folder, checkpoint.describe(self._training(), step, self.config, parts))
         self._accelerator.wait_for_everyone()
 
     def load(self, folder: str | Path, **stateful: Any) -> int:
@@ -304,7 +328,7 @@ class EDiT:
             raise ValueError(f"Cannot continue from {folder}: {trouble}.")
         manifest = Manifest.read(folder)
         check_model(manifest, self._model, folder)
-        host = checkpoint.read_host(folder, manifest, self.layout)
+        host = checkpoint.read_host(folder, manifest, self.layout, self.config.elastic)
         if missing := set(stateful) - set(host["stateful"]):
             raise ValueError(f"{folder} was saved without {sorted(missing)}; it keeps {sorted(host['stateful'])}.")
         checkpoint.load_model(folder, self._model, self._training().group)
@@ -312,6 +336,8 @@ class EDiT:
         for name, thing in stateful.items():
             thing.load_state_dict(host["stateful"][name])
         own_steps: int = manifest.step if host["rank"] is None else host["rank"]["own_steps"]
+        if host["rank"] is None and host["totals"]:
+            own_steps = round(host["totals"][self.layout.replica])
         self._own_steps, self._steps_of_all = own_steps, manifest.step
         if self._engine is not None:
             self._engine.abandon()  # a sync that was under way belongs to what is given up
@@ -319,6 +345,8 @@ class EDiT:
             checkpoint.load_outer(folder, manifest, self._training())
             if host["rank"] is not None:
                 checkpoint.load_rank(engine, host["rank"])
+            elif host["totals"]:  # of replicas that come and go one has written what all have told
+                engine.progress.confirmed, engine.progress.totals = float(manifest.step), list(host["totals"])
             self._begin_journal()
         return own_steps
 
@@ -330,4 +358,4 @@ class EDiT:
         group = dist.group.WORLD if dist.is_initialized() else None
         if self.layout.num_replicas > 1:
             group = self._peers.inside.group
-        return checkpoint.Training(self.layout, self._model, self._optimizer, group, self._engine)
+        return checkpoint.Training(self.layout, self._model, self._optimizer, group, self._engine, self.config.elastic)

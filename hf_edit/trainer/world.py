@@ -36,6 +36,7 @@ from transformers.generation.utils import GenerationMixin
 
 from hf_edit.peers.group import Peers
 from hf_edit.peers.layout import Layout
+from hf_edit.trainer.accelerate_hook import PlacedAccelerator
 
 # Functions of accelerate.utils that reach the whole world.
 COLLECTIVES = (
@@ -107,19 +108,10 @@ class ReplicaWorld:
         return float(self._inside.sum(torch.tensor(float(not this_peer_finished), device=device))) > 0
 
 
-class _AmongAll:
-    """This rank's place among those of all replicas, where the others are not processes of this world."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.num_processes = layout.num_replicas * layout.replica_size
-        self.process_index = layout.rank
-        self.is_main_process = layout.rank == 0
-
-
-class ReplicaAccelerator(Accelerator):
+class ReplicaAccelerator(PlacedAccelerator):
     """An `Accelerator` whose world is one replica while it is `in_replica`, else the whole one."""
 
-    _world: ReplicaWorld | _AmongAll | None = None
+    _world: ReplicaWorld | None = None
     _outputs: list[Any] | None = None
 
     @classmethod
@@ -152,20 +144,6 @@ class ReplicaAccelerator(Accelerator):
                 del part._has_unfinished_sequences
             for module, name, function in imported:
                 setattr(module, name, function)
-
-    @contextlib.contextmanager
-    def among_all(self, layout: Layout) -> Iterator[None]:
-        """Inside, a data loader is prepared as if all replicas of `layout` were processes of one world."""
-        outside, self._world = self._world, _AmongAll(layout)
-        try:
-            yield
-        finally:
-            self._world = outside
-
-    @property
-    def torch_device_mesh(self) -> Any:
-        # Of a mesh, Accelerate would take how many processes read the data, and there it has one replica alone.
-        return None if isinstance(self._world, _AmongAll) else super().torch_device_mesh
 
     @contextlib.contextmanager
     def without_gradient(self, model: nn.Module) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Replicas that come and go, as processes of their own: what one of them does, and what keeps them.
 
-    python -m tests.dist.elastic REPLICA FAULT FOLDER     (a process of `Replicas`)
+python -m tests.dist.elastic REPLICA FAULT FOLDER     (a process of `Replicas`)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NEVER = "never"
 
 
 class Dying(ElasticPeers):
-    """Its process is killed at a fault's second occasion: "KIND" where something begins, "KIND-after" where it ended."""
+    """Its process is killed at a fault's second occasion: "KIND" where something begins, "KIND-after" where it ends."""
 
     def __init__(self, *args: Any, fault: str, note: Callable[..., None]) -> None:
         super().__init__(*args)

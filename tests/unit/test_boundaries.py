@@ -17,9 +17,20 @@ ORDER = [
     "config",
     *(
         f"method.{name}"
-        for name in ("penalty", "plan", "outer", "compression", "tuning", "balance", "schedule", "conductor", "spikes")
+        for name in (
+            "penalty",
+            "plan",
+            "outer",
+            "compression",
+            "tuning",
+            "balance",
+            "schedule",
+            "conductor",
+            "spikes",
+            "membership",
+        )
     ),
-    *(f"peers.{name}" for name in ("layout", "faults", "replica", "group", "matrices")),
+    *(f"peers.{name}" for name in ("layout", "faults", "replica", "group", "matrices", "lighthouse", "elastic")),
     "optim.muon",
     *(
         f"sync.{name}"
@@ -31,6 +42,7 @@ ORDER = [
             "fragments",
             "running",
             "unit_values",
+            "healing",
             "lengths",
             "moments",
         )
@@ -51,11 +63,15 @@ ORDER = [
     "trainer.decisions",
     "trainer.logs",
     "trainer.checkpoints",
+    "trainer.elastic",
     "trainer.trainer",
     "trainer.loop",
     *(f"cli.{name}" for name in ("job", "events", "simulation", "plan_page", "plan")),
     *(f"cli.{name}" for name in ("launch", "sizes", "findings", "measure", "check")),
-    *(f"cli.{name}" for name in ("journal_reader", "journal_sums", "drawing", "figures", "report", "main")),
+    *(
+        f"cli.{name}"
+        for name in ("journal_reader", "journal_sums", "drawing", "figures", "report", "lighthouse", "main")
+    ),
     "__init__",
 ]
 # Floors that only those above may use; who stands on which.
@@ -67,6 +83,7 @@ KEPT_TO: dict[str, set[str]] = {
     "torch.distributed.fsdp": {"sync.units", "trainer.checks"},
     "torch.nn.parallel": {"sync.units"},
     "wandb": {"telemetry"},
+    "torchft": {"peers.lighthouse"},
 }
 
 
