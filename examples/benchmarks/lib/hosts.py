@@ -165,6 +165,17 @@ class Hosts:
     def resume(self, host: int) -> None:
         _signal_all_in(self.names[host], signal.SIGCONT)
 
+    def kill(self, host: int) -> None:
+        """Kills every process of `host`."""
+        _signal_all_in(self.names[host], signal.SIGKILL)
+
+    def cut(self, host: int) -> None:
+        """Takes `host` off the network, until `mend`; its processes go on."""
+        ip("-n", self.switch, "link", "set", f"p{host}", "down")
+
+    def mend(self, host: int) -> None:
+        ip("-n", self.switch, "link", "set", f"p{host}", "up")
+
     def bytes_sent(self) -> list[int]:
         """What each host has sent to the others so far."""
         return [int(command("ip", "netns", "exec", name, "cat", SENT)) for name in self.names]
@@ -197,14 +208,14 @@ class Hosts:
                     f"--node-rank={host}", f"--nproc-per-node={per_host}", f"--master-addr={self.address(0)}",
                     "--master-port=29400", "-m", module, *arguments,
                 ]  # fmt: skip
-                processes.append(self._start(host, launch, log))
+                processes.append(self.start(host, launch, log))
             problem = self._wait(processes, timeout, meanwhile)
             outputs = [log.read_text(errors="replace") for log in logs]
         if problem:
             raise RuntimeError(f"{problem}\n" + "\n".join(outputs))
         return outputs[0]
 
-    def _start(self, host: int, words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    def start(self, host: int, words: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
         """Starts a command on `host`, on its cores and under its quota; its output goes to `log`."""
 
         def enter_host() -> None:
@@ -216,7 +227,7 @@ class Hosts:
         with log.open("w") as file:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.names[host], *words],
-                env=worker_environment(GLOO_SOCKET_IFNAME="eth0"), stdout=file, stderr=subprocess.STDOUT,
+                env=worker_environment(GLOO_SOCKET_IFNAME="eth0", **environment), stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True, preexec_fn=enter_host,
             )  # fmt: skip
 
