@@ -195,7 +195,7 @@ def report(folder: Path, replicas: Sequence[Replica], faults: Sequence[dict[str,
     draw(replicas, histories, faults, began_at, folder / "elastic.png")
     rows = [
         ("replicas", len(replicas)), ("killed", len(faults)), ("syncs", most),
-        ("steps that were told, by replica", ", ".join(f"{steps:.0f}" for steps in summary["steps"])),
+        ("steps in a sync, by replica", ", ".join(f"{steps:.0f}" for steps in summary["steps"])),
         ("from launch to step, seconds", ", ".join(f"{seconds:.0f}" for seconds in returns) or "none came back"),
         ("validation loss", "not evaluated" if summary["loss"] is None else f"{summary['loss']:.3f}"),
         ("saved in", f"{folder} (model, elastic.png, elastic.json, replica-*.log)"),

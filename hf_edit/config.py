@@ -157,11 +157,12 @@ class EDiTConfig:
     elastic: bool = _knob(
         False,
         "Each replica is a launch of its own (EDIT_REPLICA=0 ... num_replicas - 1), which may end and come back: the "
-        "others train on, and it is healed at a sync. They meet through a lighthouse (TORCHFT_LIGHTHOUSE=host:port).",
+        "others train on, and it is healed at a sync. They find each other by a lighthouse "
+        "(TORCHFT_LIGHTHOUSE=host:port).",
     )
     min_replicas: int = _knob(1, "Replicas that a sync needs with elastic; fewer wait.")
     heartbeat_seconds: float = _knob(
-        5.0, "With elastic: a replica that is not heard of for so long is gone. As the lighthouse was told."
+        5.0, "With elastic: a replica that shows no life for so long is gone. Give the lighthouse the same."
     )
     offload_outer_state: bool = _knob(False, "Keep anchor and outer momentum in (pinned) host memory between syncs.")
     sync_timeout_seconds: float = _knob(

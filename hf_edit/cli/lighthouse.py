@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heartbeat_seconds",
         type=float,
         default=EDiTConfig.heartbeat_seconds,
+        metavar="S",
         help="a replica that is not heard of for so long is gone; give the replicas the same (default: 5)",
     )
 
