@@ -87,7 +87,8 @@ def describe(launch: Launch, config: EDiTConfig, layout: Layout) -> list[str]:
         first, last = ranks[0] // per_machine, ranks[-1] // per_machine
         machine = f"machine {first}" if first == last else f"machines {first} to {last}"
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        lines.append(f"  replica {index}  {shown}, {machine}")
+        place = f"a launch of its own, EDIT_REPLICA={index}" if config.elastic else f"{shown}, {machine}"
+        lines.append(f"  replica {index}  {place}")
     if layout.num_replicas > SHOWN_REPLICAS:
         lines.append(f"  ... and {layout.num_replicas - SHOWN_REPLICAS} more in this order")
     when = f"every {config.sync_interval} inner steps"

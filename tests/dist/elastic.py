@@ -75,9 +75,9 @@ class Dying(ElasticPeers):
 
 
 def replica(number: int, fault: str, folder: Path) -> None:
-    """Trains until a file says that it is enough, and ends together with the others."""
+    """Trains until a file says that it is enough, or `steps`, and ends together with the others."""
     settings = json.loads((folder / "settings.json").read_text())
-    pause = settings.pop("pauses")[number]
+    pause, last = settings.pop("pauses")[number], settings.pop("steps", None)
     torch.set_num_threads(1)
     membership.START_SECONDS = 3.0
     life = f"{number}.{time.time()}"
@@ -101,7 +101,7 @@ def replica(number: int, fault: str, folder: Path) -> None:
     told = round(engine.progress.totals[number])
     note("joined", sync=engine.sync.sync_count, told=told, moments=len(optimizer.state), members=peers.meeting.replicas)
     steps = 0
-    while not (folder / "enough").exists():
+    while steps != last if last is not None else not (folder / "enough").exists():
         peers.occasion("step")
         x, y = batch(told + steps, number)
         nn.functional.mse_loss(model(x), y).backward()

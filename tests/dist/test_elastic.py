@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from hf_edit.config import EDiTConfig
 from tests.dist.elastic import HEARTBEAT_SECONDS, Replicas
+from tests.dist.nets import train
+from tests.dist.threads import run_ranks
 
 pytestmark = pytest.mark.skipif(find_spec("torchft") is None, reason="hf_edit[elastic] is not installed")
 
@@ -61,6 +64,20 @@ def test_a_replica_dies_at_every_point_and_comes_back(make: Make, overlap: dict[
     began, joined = replicas.notes("begins", 2)[-1], replicas.notes("joined", 2)
     assert joined[-1]["at"] - began["at"] < 30
     assert all(note["moments"] > 0 for note in joined[1:]), "it got an inner optimizer's state"
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS, ids=["none", "delayed"])
+def test_without_faults_it_is_the_static_mode(make: Make, overlap: dict[str, Any]) -> None:
+    config = EDiTConfig(sync_interval=4, sync_moments="both", **overlap)
+    static = run_ranks(2, lambda rank: train(rank, 2, config, steps=26))[0]
+    replicas = make(2, [0.0] * 2, sync_interval=4, sync_moments="both", steps=26, **overlap)
+    replicas.start(0)
+    replicas.start(1)
+    ends = replicas.finish()
+    check_ends(ends, 2)
+    expected = [float(param.double().sum()) for param in static.params.values()]
+    assert ends[0]["params"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert ends[0]["confirmed"] == 26
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS, ids=["none", "delayed"])
