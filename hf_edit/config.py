@@ -164,6 +164,10 @@ class EDiTConfig:
     heartbeat_seconds: float = _knob(
         5.0, "With elastic: a replica that shows no life for so long is gone. Give the lighthouse the same."
     )
+    straggler_seconds: float = _knob(
+        60.0,
+        "With elastic: how long a sync waits for replicas that live and do not come; then they are left out of it.",
+    )
     offload_outer_state: bool = _knob(False, "Keep anchor and outer momentum in (pinned) host memory between syncs.")
     sync_timeout_seconds: float = _knob(
         600.0,
@@ -203,7 +207,8 @@ class EDiTConfig:
             if not _is_int(getattr(self, name), at_least=0):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a whole number of at least 0 is needed.")
         for name in ("anomaly_threshold", "softmax_temperature", "max_pseudo_grad_norm", "outer_lr",
-                     "sync_timeout_seconds", "loss_spike_threshold", "heartbeat_seconds"):  # fmt: skip
+                     "sync_timeout_seconds", "loss_spike_threshold", "heartbeat_seconds",
+                     "straggler_seconds"):  # fmt: skip
             value = getattr(self, name)
             if value is None and name in ("anomaly_threshold", "max_pseudo_grad_norm"):
                 continue

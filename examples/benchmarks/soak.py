@@ -110,6 +110,7 @@ class Run:
         self.launched: dict[int, list[float]] = {host: [] for host in range(job.replicas)}
         self.faults: list[dict[str, Any]] = []
         self.away: dict[int, tuple[str, float]] = {}  # kind, until when
+        self.joined: set[tuple[int, int]] = set()  # host, and which of its launches
         self.began_at = time.time()
 
     def until_the_end(self) -> str | None:
@@ -156,7 +157,12 @@ class Run:
         """True if nothing has been done to it, and it has joined the others since its launch."""
         if host in self.away or self.processes[host].poll() is not None:
             return False
-        return any(note["what"] == "joined" for note in self.notes(host) if note["at"] > self.launched[host][-1])
+        launch = host, len(self.launched[host])
+        if launch not in self.joined and any(
+            note["what"] == "joined" and note["at"] > self.launched[host][-1] for note in self.notes(host)
+        ):
+            self.joined.add(launch)
+        return launch in self.joined
 
     def harm(self, host: int) -> None:
         kind = self.chance.choice(self.arguments.kinds)

@@ -11,6 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 10.0  # after which the first rank tells the others of its replica that it still waits
 SAY_AFTER_SECONDS = 30.0
+ERROR_LENGTH = 200  # of what is shown of an error's text
 HEALING_BYTES_PER_SECOND = 1e6  # at which state is expected to travel at least; the others wait for it meanwhile
 
 
@@ -37,7 +39,8 @@ class ElasticPeers:
     Args:
         layout: where this rank is among all R replicas.
         timeout_seconds: longest wait inside the replica.
-        heartbeat_seconds: after which a replica that is not heard of is gone.
+        heartbeat_seconds: after which a replica that shows no life is gone.
+        straggler_seconds: after which others that live and do not come are left out of a sync.
         min_replicas: that a sync needs.
         lighthouse: "host:port".
 
@@ -47,8 +50,9 @@ class ElasticPeers:
     fixed = False
 
     def __init__(
-        self, layout: Layout, timeout_seconds: float, heartbeat_seconds: float, min_replicas: int, lighthouse: str
-    ) -> None:
+        self, layout: Layout, timeout_seconds: float, heartbeat_seconds: float, straggler_seconds: float,
+        min_replicas: int, lighthouse: str,
+    ) -> None:  # fmt: skip
         self.layout = layout
         self.num_replicas = layout.num_replicas
         self.replica = layout.replica
@@ -61,7 +65,8 @@ class ElasticPeers:
         self.settings = ""  # what must be equal on all replicas; before the first meeting
         self.state_bytes = 0  # that a replica which returns is sent by each rank
         self.on_alone: Callable[[], None] | None = None  # called where this replica finds nobody
-        self._heartbeat_seconds, self._min_replicas, self._address = heartbeat_seconds, min_replicas, lighthouse
+        self._heartbeat_seconds, self._straggler_seconds = heartbeat_seconds, straggler_seconds
+        self._min_replicas, self._address = min_replicas, lighthouse
         self._lighthouse: Lighthouse | None = None  # of the first rank
         self._commits: deque[str] = deque(maxlen=KEPT_COMMITS)
         self._group: Any = None
@@ -215,7 +220,9 @@ class ElasticPeers:
         """All that have come, on all ranks."""
         if self.layout.shard == 0:
             if self._lighthouse is None:
-                self._lighthouse = Lighthouse(self._address, self.replica, self._heartbeat_seconds, self.settings)
+                self._lighthouse = Lighthouse(
+                    self._address, self.replica, self._heartbeat_seconds, self._straggler_seconds, self.settings
+                )
             self._lighthouse.meet(held, self._commits, self._link, patient)
         while True:
             found = None
@@ -231,20 +238,26 @@ class ElasticPeers:
             logger.warning("EDiT: replica %d has waited %.0f s at a sync: %s.", self.replica, now - since, why)
 
     def _checked(self, meeting: Meeting) -> Meeting:
-        """Raises RuntimeError if this launch has been replaced, ValueError if replicas have other settings."""
+        """The meeting of those that train alike.
+
+        Raises:
+            RuntimeError: this launch has been replaced.
+            ValueError: it has other settings than those who have trained longest.
+        """
         mine = next((member for member in meeting.members if member.replica == self.replica), None)
         if self._lighthouse is not None and (mine is None or mine.launch != self._lighthouse.launch):
             raise RuntimeError(
                 f"A later launch of replica {self.replica} has come, which takes the place of this one. If that was "
                 "not meant, give each launch an EDIT_REPLICA of its own."
             )
-        others = [member.replica for member in meeting.members if mine and member.settings != mine.settings]
-        if others:
+        settings = meeting.source.settings
+        if mine is not None and mine.settings != settings:
             raise ValueError(
-                f"Replica {self.replica} and replicas {others} differ in EDiTConfig, in the model's parameters, in the "
-                "number of ranks or in hf_edit's version. Launch all replicas with the same script and settings."
+                f"Replica {self.replica} differs from replica {meeting.source.replica}, which has trained longer, in "
+                "EDiTConfig, in the model's parameters, in the number of ranks or in hf_edit's version. Launch all "
+                "replicas with the same script and settings."
             )
-        return meeting
+        return replace(meeting, members=tuple(member for member in meeting.members if member.settings == settings))
 
     def _connect(self, meeting: Meeting) -> None:
         members = [member.launch for member in meeting.members]
@@ -281,7 +294,8 @@ class ElasticPeers:
 
     def _fail(self, why: str) -> None:
         if self._error is None:
-            logger.warning("EDiT: a sync of replica %d came to nothing: %s", self.replica, why.splitlines()[0])
+            short = why.splitlines()[0][:ERROR_LENGTH]
+            logger.warning("EDiT: a sync of replica %d came to nothing, and is tried again: %s", self.replica, short)
         self._error = why
         self._drop()
 
@@ -333,8 +347,9 @@ def make_peers(layout: Layout, config: EDiTConfig) -> ProcessGroupPeers | Elasti
     if not config.elastic:
         return ProcessGroupPeers(layout, config.longest_wait_seconds)
     return ElasticPeers(
-        layout, config.longest_wait_seconds, config.heartbeat_seconds, config.min_replicas, lighthouse_of_this_launch()
-    )
+        layout, config.longest_wait_seconds, config.heartbeat_seconds, config.straggler_seconds, config.min_replicas,
+        lighthouse_of_this_launch(),
+    )  # fmt: skip
 
 
 def replica_of_this_launch(num_replicas: int) -> int:

@@ -1,14 +1,14 @@
 """Who is there: the replicas that have come to a sync, by torchft's lighthouse. The only file that knows torchft.
 
-What is needed of torchft (0.2): `LighthouseServer`, which makes a quorum of those that ask, and waits
-`heartbeat_seconds` for those that are alive and do not; `LighthouseClient`; `ProcessGroupGloo`, which is made anew for
+What is needed of torchft (0.2): `LighthouseServer`, which makes a quorum of those that ask once all do that have shown
+life within `heartbeat_seconds`; `LighthouseClient`; `ProcessGroupGloo`, which is made anew for
 other members. Its `Manager` is not used: members cannot tell anything at its quorum, one that has failed poisons it for
 good, and two replicas wait for each other as long as both are alive. An engine of torch's own (`reconfigure`,
 experimental in torch 2.14) would need what `met` returns: equal members on all of them, each with its news, and a key.
 
-A lighthouse makes no quorum of half of the living, so of two replicas a slow one would be waited for without end. Who
-has waited for `heartbeat_seconds` tells the others so, and one that is still training stops its heartbeats until it
-comes itself: it has agreed to be left out. It cannot go on alone meanwhile, since then the others are the half.
+Who has waited for `straggler_seconds` tells the others so, and one that is still training stops its heartbeats until it
+comes itself: it has agreed to be left out. It cannot go on alone then, since the others live. (The lighthouse's own
+limit makes no quorum of half of the living, so that of two replicas a slow one would be waited for without end.)
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def serve(port: int, heartbeat_seconds: float) -> Any:
     """A lighthouse on all interfaces, which lives as long as what is returned; `address()` is its own name and port."""
     milliseconds = round(heartbeat_seconds * 1000)
     settings = dict(
-        min_replicas=1, join_timeout_ms=milliseconds, heartbeat_timeout_ms=milliseconds,
+        min_replicas=1, join_timeout_ms=round(WAIT.total_seconds() * 1000), heartbeat_timeout_ms=milliseconds,
         quorum_tick_ms=max(10, milliseconds // 20),
     )  # fmt: skip
     server = torchft().LighthouseServer
@@ -83,14 +83,17 @@ class Lighthouse:
     Args:
         address: "host:port", with or without "http://".
         replica: which one this is.
-        heartbeat_seconds: after which a replica that is not heard of is gone, as the lighthouse was told.
+        heartbeat_seconds: after which a replica that shows no life is gone, as the lighthouse was told.
+        straggler_seconds: after which others that live and do not come are left out.
         settings: what must be equal on all replicas.
     """
 
-    def __init__(self, address: str, replica: int, heartbeat_seconds: float, settings: str) -> None:
+    def __init__(
+        self, address: str, replica: int, heartbeat_seconds: float, straggler_seconds: float, settings: str
+    ) -> None:
         self.replica = replica
         self._address = address if "://" in address else f"http://{address}"
-        self._seconds = heartbeat_seconds
+        self._seconds, self._straggler_seconds = heartbeat_seconds, straggler_seconds
         self._settings = settings
         self._client_class = torchft().LighthouseClient
         self.launch, self._launched_at = uuid.uuid4().hex, time.time()
@@ -181,7 +184,7 @@ class Lighthouse:
         while not self._closed:
             self._listen()
             asking_since = self._asking_since
-            waits = asking_since is not None and time.monotonic() - asking_since > self._seconds
+            waits = asking_since is not None and time.monotonic() - asking_since > self._straggler_seconds
             if waits and self._may_leave_out:
                 self._tell(LEFT_OUT)
             if not self._left_out:

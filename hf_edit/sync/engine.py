@@ -101,11 +101,11 @@ class Engine:
         self._all_arrived = False
         if self.by_time or self._delay_steps or config.elastic:
             peers.make_host_groups()
-        if isinstance(peers, ElasticPeers):
-            self.sync.healing = Healing(self.sync, optimizer, peers, self._tell_progress)
-        else:
+        if not isinstance(peers, ElasticPeers):
             make_replicas_equal(model, peers)
         self._buffers = Buffers(model, peers)
+        if isinstance(peers, ElasticPeers):
+            self.sync.healing = Healing(self.sync, optimizer, self._buffers, peers, self._tell_progress)
         if self.schedule.warming_up:
             start_averaging_gradients(model, peers.average)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -24,16 +25,23 @@ class Buffers:
 
     def __init__(self, model: nn.Module, peers: Peers) -> None:
         self._peers = peers
-        self._tensors = list(named_tensors(model)[1].values())
-        self._seen = [tensor.clone() for tensor in self._tensors]
+        self.tensors = list(named_tensors(model)[1].values())
+        self._seen = [tensor.clone() for tensor in self.tensors]
         self._said = False
 
     def changed(self) -> Tensor | float:
         """1 if any has changed on this rank since the last sync, else 0."""
-        if not self._tensors:
+        if not self.tensors:
             return 0.0
-        pairs = zip(self._tensors, self._seen, strict=True)
+        pairs = zip(self.tensors, self._seen, strict=True)
         return torch.stack([tensor.ne(seen).any() for tensor, seen in pairs]).any().double()
+
+    @torch.no_grad()
+    def take(self, values: Sequence[Tensor]) -> None:
+        """They become `values`, as of the last sync."""
+        for tensor, seen, value in zip(self.tensors, self._seen, values, strict=True):
+            tensor.copy_(value)
+            seen.copy_(value)
 
     @torch.no_grad()
     def follow(self, replica: int | None) -> None:
@@ -42,9 +50,11 @@ class Buffers:
         if replica and not self._said and self._peers.layout.rank == 0:
             self._said = True
             logger.warning("EDiT: the buffers follow replica %d, the first that went right in every unit.", replica)
-        for tensor, seen in zip(self._tensors, self._seen, strict=True):
+        for tensor, seen in zip(self.tensors, self._seen, strict=True):
             if replica is not None:
                 self._peers.broadcast_to_all(tensor, replica)
+                if isinstance(self._peers, ElasticPeers) and self._peers.failed:
+                    return  # they have changed still, so all follow one at the next sync
                 broken = (seen.isfinite() & ~tensor.isfinite()).any()
                 seen.copy_(torch.where(broken, seen, tensor))
             tensor.copy_(seen)

@@ -23,7 +23,7 @@ from torch import Tensor
 import hf_edit.sync.unit_values as unit_values
 from hf_edit.method.penalty import DetectorState, square_norm
 from hf_edit.peers.elastic import ElasticPeers
-from hf_edit.sync.equality import digest
+from hf_edit.sync.equality import Buffers, digest
 from hf_edit.sync.running import Running
 from hf_edit.sync.units import like_param, local_part
 
@@ -44,6 +44,7 @@ class Healed:
     detectors: DetectorState
     unit_syncs: Tensor
     unit_rates: Tensor
+    buffers: list[Tensor]
     more: dict[str, Any]
     inner: list[tuple[int, str, Any]] = field(default_factory=list)
 
@@ -60,14 +61,16 @@ class Doubt:
 class Healing:
     """
     Args:
-        units: of the model.
         sync: the outer syncs that this is of.
         optimizer: the inner one.
+        buffers: the model's.
         tell: what the engine has to tell a replica that lacks a sync, as JSON takes it.
     """
 
-    def __init__(self, sync: Any, optimizer: Any, peers: ElasticPeers, tell: Callable[[], dict[str, Any]]) -> None:
-        self._sync, self._peers, self._tell = sync, peers, tell
+    def __init__(
+        self, sync: Any, optimizer: Any, buffers: Buffers, peers: ElasticPeers, tell: Callable[[], dict[str, Any]]
+    ) -> None:
+        self._sync, self._buffers, self._peers, self._tell = sync, buffers, peers, tell
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._doubts: list[Doubt] = []
         self._stepping = threading.Lock()  # a delayed sync reads the optimizer's state beside the training
@@ -80,6 +83,12 @@ class Healing:
     def _after_step(self, *_: object) -> None:
         self._stepping.release()
 
+    def measure(self) -> None:
+        """The anchors have been taken: how long the others may have to wait for state that is sent."""
+        states = self._sync.states
+        elements = sum(state.anchor.numel() * (1 + len(state.tensors)) for state in states)
+        self._peers.state_bytes = 4 * elements + 8 * sum(state.anchor.numel() for state in states)
+
     # -- before the exchange ------------------------------------------------------------------------------------------
 
     def meet(self, run: Running) -> None:
@@ -90,8 +99,6 @@ class Healing:
         counted = [doubt for doubt in self._doubts if meeting.committed(doubt.key)]
         if counted:
             self._leave_out(run, counted[-1])
-        elements = sum(state.anchor.numel() * (1 + len(state.tensors)) for state in self._sync.states)
-        self._peers.state_bytes = 4 * elements + 8 * sum(state.anchor.numel() for state in self._sync.states)
         if meeting.source.replica == self._peers.replica:
             for replica in meeting.stale:
                 self._send(replica, replica in meeting.fresh)
@@ -130,6 +137,7 @@ class Healing:
         if place == 0:
             self._sync.unit_syncs.copy_(run.healed.unit_syncs)
             self._sync.unit_rates.copy_(run.healed.unit_rates)
+            self._buffers.take(run.healed.buffers)
             self._load_inner(run.healed.inner)
 
     def end(self) -> None:
@@ -186,7 +194,8 @@ class Healing:
         self._peers.send(torch.tensor([len(text)]), replica)
         self._peers.send(torch.frombuffer(bytearray(text), dtype=torch.uint8), replica)
         outer = [tensor.cpu() for state in self._sync.states for tensor in (state.anchor, *_by_name(state.tensors))]
-        for tensor in (*outer, *self._counts(), *tensors):
+        buffers = [tensor.cpu() for tensor in self._buffers.tensors]
+        for tensor in (*outer, *self._counts(), *buffers, *tensors):
             self._peers.send(tensor.detach().contiguous(), replica)
 
     def _receive(self, replica: int) -> Healed | None:
@@ -204,13 +213,15 @@ class Healing:
                 self._peers.receive(tensor, replica)
             outer.append(unit)
         *detectors, syncs, rates = [torch.empty_like(tensor) for tensor in self._counts()]
-        for tensor in (*detectors, syncs, rates):
+        buffers = [torch.empty(t.shape, dtype=t.dtype) for t in self._buffers.tensors]
+        for tensor in (*detectors, syncs, rates, *buffers):
             self._peers.receive(tensor, replica)
         if self._peers.failed:
             return None
         header = json.loads(text.numpy().tobytes())
         names = [f.name for f in fields(DetectorState)]
-        healed = Healed(outer, DetectorState(**dict(zip(names, detectors, strict=True))), syncs, rates, header["more"])
+        found = DetectorState(**dict(zip(names, detectors, strict=True)))
+        healed = Healed(outer, found, syncs, rates, buffers, header["more"])
         for number, key, dtype, value in header["inner"]:
             if dtype is not None:
                 value = torch.empty(value, dtype=_DTYPES[dtype])
@@ -235,13 +246,15 @@ class Healing:
 
     def _load_inner(self, inner: list[tuple[int, str, Any]]) -> None:
         params = self._params()
+        groups = {param: group for group in self._optimizer.param_groups for param in group["params"]}
         for number, key, value in inner:
             param = params[number]
             if isinstance(value, Tensor):
                 part = local_part(param)
-                # A step count lies in host memory, unless the optimizer is capturable or fused; then it is moved there.
-                value = value.to(part.device) if value.shape == part.shape else value
-                value = like_param(param, value) if value.shape == part.shape else value
+                if value.shape == part.shape:
+                    value = like_param(param, value.to(part.device))
+                elif key != "step" or groups[param].get("capturable") or groups[param].get("fused"):
+                    value = value.to(part.device)  # as torch's load_state_dict does it
             self._optimizer.state[param][key] = value
 
     def _params(self) -> list[Any]:

@@ -96,6 +96,8 @@ class OuterSync:
         self.use_codes(self.compression)
         self.whole, self._last_end = True, self.clock()
         self.interval = Interval(self._last_end)
+        if self.healing is not None:
+            self.healing.measure()
 
     def use_codes(self, compression: str) -> None:
         """What is sent from the next sync on; one of EDiTConfig's `compression`."""

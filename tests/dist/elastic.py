@@ -26,8 +26,9 @@ from hf_edit.peers.lighthouse import serve
 from hf_edit.sync.engine import Engine
 from tests.dist.nets import Net, batch, make_optimizer
 
-HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = STRAGGLER_SECONDS = 1.0
 NEVER = "never"
+OTHER_SETTINGS = "other settings"
 
 
 class Dying(ElasticPeers):
@@ -78,10 +79,13 @@ def replica(number: int, fault: str, folder: Path) -> None:
     """Trains until a file says that it is enough, or `steps`, and ends together with the others."""
     settings = json.loads((folder / "settings.json").read_text())
     pause, last = settings.pop("pauses")[number], settings.pop("steps", None)
+    settings["outer_lr"] = 0.5 if fault == OTHER_SETTINGS else 0.8
     torch.set_num_threads(1)
     membership.START_SECONDS = 3.0
     life = f"{number}.{time.time()}"
-    config = EDiTConfig(elastic=True, heartbeat_seconds=HEARTBEAT_SECONDS, **settings)
+    config = EDiTConfig(
+        elastic=True, heartbeat_seconds=HEARTBEAT_SECONDS, straggler_seconds=STRAGGLER_SECONDS, **settings
+    )
     assert config.num_replicas is not None
     file = (folder / f"replica-{life}.jsonl").open("a")
 
@@ -90,10 +94,11 @@ def replica(number: int, fault: str, folder: Path) -> None:
         file.flush()
 
     peers = Dying(
-        Layout(config.num_replicas, 1, number), 60.0, HEARTBEAT_SECONDS, config.min_replicas,
+        Layout(config.num_replicas, 1, number), 60.0, HEARTBEAT_SECONDS, STRAGGLER_SECONDS, config.min_replicas,
         os.environ["TORCHFT_LIGHTHOUSE"], fault=fault, note=note,
     )  # fmt: skip
     model = Net(seed=number)  # the first meeting makes them equal
+    model.register_buffer("steps", torch.tensor(1000.0 * number))
     optimizer = make_optimizer("adamw", model.parameters())
     engine = Engine(model, optimizer, config, peers)
     note("begins")
@@ -110,6 +115,7 @@ def replica(number: int, fault: str, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
+        model.steps += 1
         time.sleep(pause)
         before = engine.sync.sync_count
         engine.step()
@@ -118,6 +124,7 @@ def replica(number: int, fault: str, folder: Path) -> None:
     engine.barrier()
     note(
         "ended", sync=engine.sync.sync_count, steps=told + steps, totals=engine.progress.totals,
+        buffer=float(model.steps),
         confirmed=engine.progress.confirmed, finite=all(bool(p.isfinite().all()) for p in model.parameters()),
         params=[float(p.detach().double().sum()) for p in model.parameters()],
         anchors=[float(state.anchor.double().sum()) for state in engine.sync.states],

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hf_edit.config import EDiTConfig
-from tests.dist.elastic import HEARTBEAT_SECONDS, Replicas
+from tests.dist.elastic import HEARTBEAT_SECONDS, OTHER_SETTINGS, Replicas
 from tests.dist.nets import train
 from tests.dist.threads import run_ranks
 
@@ -42,7 +42,7 @@ def check_ends(ends: list[dict[str, Any]], count: int) -> None:
     assert len(ends) == count
     for end in ends:
         assert end["finite"]
-        for name in ("sync", "params", "anchors", "totals", "confirmed"):
+        for name in ("sync", "params", "anchors", "buffer", "totals", "confirmed"):
             assert end[name] == ends[0][name], name
         assert end["totals"][end["replica"]] == end["steps"], "every step was told once"
 
@@ -144,6 +144,18 @@ def test_a_lone_fresh_replica_waits(make: Make) -> None:
     assert not replicas.notes("joined")
     replicas.start(0)
     replicas.wait_for_syncs(0, 1)
+    check_ends(replicas.finish(), 2)
+
+
+def test_one_with_other_settings_is_refused_and_the_others_go_on(make: Make) -> None:
+    replicas = make(3, [0.02] * 3, sync_interval=4, overlap="none")
+    replicas.start(0)
+    replicas.start(1)
+    replicas.wait_for_syncs(0, 2)
+    replicas.start(2, OTHER_SETTINGS)
+    assert replicas.processes.pop(2).wait(timeout=60) == 1
+    assert "Replica 2 differs from replica 0, which has trained longer, in EDiTConfig" in replicas.outputs()
+    replicas.wait_for_syncs(0, 2)
     check_ends(replicas.finish(), 2)
 
 
