@@ -83,7 +83,7 @@ class ElasticPeers:
         while True:
             if self.beside.count(self._error is not None):
                 self._drop()
-            self._error = None
+            self._error = self.in_doubt = None
             meeting = self._checked(self._meet(sync - 1, patient, since))
             patient = meeting.must_look_again
             if patient:

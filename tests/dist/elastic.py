@@ -32,7 +32,10 @@ OTHER_SETTINGS = "other settings"
 
 
 class Dying(ElasticPeers):
-    """Its process is killed at a fault's second occasion: "KIND" where something begins, "KIND-after" where it ends."""
+    """Its process is killed at a fault's second occasion: "KIND" where something begins, "KIND-after" where it ends.
+
+    "deaf" alone does not kill: the replica does not come to know that all others have committed a sync.
+    """
 
     def __init__(self, *args: Any, fault: str, note: Callable[..., None]) -> None:
         super().__init__(*args)
@@ -53,7 +56,19 @@ class Dying(ElasticPeers):
 
     def gather(self, vector: Tensor) -> Any:
         self.occasion("vote" if vector.numel() == 1 else "gather")
-        return super().gather(vector)
+        result = super().gather(vector)
+        if self.fault != "deaf" or vector.numel() > 1:
+            return result
+
+        def unheard() -> Tensor:
+            rows = result()
+            self.left -= 1
+            if self.left == 0:
+                self.note("deaf", members=self.meeting.replicas)
+                self._fail("deaf")
+            return rows
+
+        return unheard
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> Any:
         pending = super().all_reduce(tensors)

@@ -67,6 +67,21 @@ def test_a_replica_dies_at_every_point_and_comes_back(make: Make, overlap: dict[
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS, ids=["none", "delayed"])
+def test_what_others_have_committed_without_ones_knowledge_is_counted_once(make: Make, overlap: dict[str, Any]) -> None:
+    """It cannot know whether they have. When it meets them again they tell, and it tells only of its steps since."""
+    replicas = make(3, [0.02] * 3, sync_interval=4, **overlap)
+    replicas.start(0)
+    replicas.start(1, "deaf")
+    replicas.start(2)
+    replicas.wait(lambda: replicas.notes("deaf", 1))
+    replicas.wait_for_syncs(1, 3)
+    check_ends(replicas.finish(), 3)
+    at = replicas.notes("deaf", 1)[0]["at"]
+    sync = next(note["sync"] for note in replicas.notes("synced", 0) if note["at"] > at - 0.01)
+    assert sync not in [note["sync"] for note in replicas.notes("synced", 1)], "they had a sync that it had not"
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS, ids=["none", "delayed"])
 def test_without_faults_it_is_the_static_mode(make: Make, overlap: dict[str, Any]) -> None:
     config = EDiTConfig(sync_interval=4, sync_moments="both", **overlap)
     static = run_ranks(2, lambda rank: train(rank, 2, config, steps=26))[0]
