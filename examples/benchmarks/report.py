@@ -23,6 +23,7 @@ import learning
 import overhead
 import peers
 import slow_network
+import soak
 import stragglers
 import traffic
 import tuning
@@ -53,6 +54,7 @@ def table(name: str) -> str:
         "stragglers": stragglers.table,
         "peers": peers.table,
         "gpu": gpu.table,
+        "soak": soak.table,
         "traffic": traffic.table,
         "tuning": tuning.table,
         "overhead": overhead.table,

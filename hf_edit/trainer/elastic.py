@@ -16,6 +16,7 @@ from hf_edit.config import EDiTConfig
 from hf_edit.peers.elastic import ElasticPeers
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
+from hf_edit.telemetry.logs import GlobalCount
 from hf_edit.trainer.data import DataPosition
 from hf_edit.trainer.progress import GlobalSteps
 
@@ -45,6 +46,8 @@ class TrainerElastic(_TrainerToBe):
     _peers: Any
     _steps: GlobalSteps
     _position: DataPosition
+    _input_tokens: GlobalCount
+    _flos: GlobalCount
     _told: dict[str, Any] | None = None  # by the replica that has healed this one in `_join`
 
     @property
@@ -56,9 +59,11 @@ class TrainerElastic(_TrainerToBe):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if not self._elastic:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        if not resume_from_checkpoint and (newest := self._newest_checkpoint()) is not None:
-            self._say_once(f"a replica that is launched again begins with {newest}; the others heal it from there.")
-            resume_from_checkpoint = str(newest)
+        if not resume_from_checkpoint or resume_from_checkpoint is True:
+            resume_from_checkpoint = None
+            if (newest := self._newest_checkpoint()) is not None:
+                self._say_once(f"this launch begins with {newest}; replicas that are further heal it from there.")
+                resume_from_checkpoint = str(newest)
         while True:
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -118,14 +123,14 @@ class TrainerElastic(_TrainerToBe):
         """What of the last sync a replica that lacks it must know."""
         return {
             "agreed": self._steps.agreed,
-            "counts": self._counts(),
+            "counts": [self._input_tokens.confirmed, self._flos.confirmed],
             "best": {name: getattr(self.state, name) for name in BEST},
         }
 
     def _be_told(self, told: dict[str, Any]) -> None:
         self._told = told
         self._steps.agreed = self._steps.logged = told["agreed"]
-        self._restore_counts(told["counts"])
+        self._input_tokens.confirmed, self._flos.confirmed = told["counts"]
         for name, value in told["best"].items():
             setattr(self.state, name, value)
 

@@ -47,17 +47,21 @@ def check_ends(ends: list[dict[str, Any]], count: int) -> None:
         assert end["totals"][end["replica"]] == end["steps"], "every step was told once"
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS, ids=["none", "delayed"])
-def test_a_replica_dies_at_every_point_and_comes_back(make: Make, overlap: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("overlap", "faults"),
+    [(OVERLAPS[0], ["gather", "commit", "receive"]), (OVERLAPS[1], FAULTS)],
+    ids=["none", "delayed"],
+)
+def test_a_replica_dies_at_every_point_and_comes_back(make: Make, overlap: dict[str, Any], faults: list[str]) -> None:
     replicas = make(3, [0.02] * 3, sync_interval=4, **overlap)
     for number in (0, 1):
         replicas.start(number)
-    for fault in FAULTS:
+    for fault in faults:
         replicas.start(2, fault)
         replicas.wait(lambda: replicas.processes[2].poll() is not None)
         replicas.wait_for_syncs(0, 2)
         replicas.wait_for_syncs(1, 2)
-    assert [note["fault"] for note in replicas.notes("dies")] == FAULTS
+    assert [note["fault"] for note in replicas.notes("dies")] == faults
     replicas.start(2)
     replicas.wait_for_syncs(2, 2)
     check_ends(replicas.finish(), 3)
@@ -148,6 +152,22 @@ def test_of_two_a_slow_one_is_waited_for_only_so_long(make: Make, slow: int) -> 
     alone = [note for note in replicas.notes("synced", 1 - slow) if note["members"] == [1 - slow]]
     assert len(alone) >= 2
     assert all(note["members"] == [0, 1] for note in replicas.notes("synced", slow)), "it never went on alone"
+    check_ends(replicas.finish(), 2)
+
+
+def test_by_time_with_outer_state_on_the_host(make: Make) -> None:
+    """A-EDiT: a fast one takes more steps, and both are counted; one is killed, and comes back."""
+    replicas = make(2, [0.02, 0.1], sync_seconds=0.5, overlap="delayed", delay_steps=2, offload_outer_state=True,
+                    compression="int8")  # fmt: skip
+    replicas.start(0)
+    replicas.start(1)
+    replicas.wait_for_syncs(1, 3)
+    steps = [replicas.notes("synced", number)[-1]["steps"] for number in (0, 1)]
+    assert steps[0] > 2 * steps[1]
+    replicas.processes[1].send_signal(signal.SIGKILL)
+    replicas.wait_for_syncs(0, 3)
+    replicas.start(1)
+    replicas.wait_for_syncs(1, 3)
     check_ends(replicas.finish(), 2)
 
 
