@@ -108,8 +108,9 @@ class EDiT:
     def accelerator(edit_config: Any = None, **settings: Any) -> Accelerator:
         """An `Accelerator(**settings)` whose FSDP2 shards over the replica only, or DDP for replicas of one rank.
 
-        Every process reads its own part of the data. The launcher's configuration says how many processes there are,
-        and whether FSDP is on.
+        Every process reads its own part of the data; of a replica that is a launch of its own (elastic) every loader
+        gives its part of what all replicas read. The launcher's configuration says how many processes there are, and
+        whether FSDP is on.
 
         Raises:
             ValueError: processes, replicas and FSDP do not fit together.

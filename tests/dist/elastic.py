@@ -29,6 +29,7 @@ from tests.dist.nets import Net, batch, make_optimizer
 HEARTBEAT_SECONDS = STRAGGLER_SECONDS = 1.0
 NEVER = "never"
 OTHER_SETTINGS = "other settings"
+OTHER_ANCHOR = "other anchor"
 
 
 class Dying(ElasticPeers):
@@ -130,6 +131,8 @@ def replica(number: int, fault: str, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
+        if fault == OTHER_ANCHOR and steps == 10:
+            engine.sync.states[1].anchor[0] += 1e-6
         model.steps += 1
         time.sleep(pause)
         before = engine.sync.sync_count

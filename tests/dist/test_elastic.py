@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from hf_edit.config import EDiTConfig
-from tests.dist.elastic import HEARTBEAT_SECONDS, OTHER_SETTINGS, Replicas
+from tests.dist.elastic import HEARTBEAT_SECONDS, OTHER_ANCHOR, OTHER_SETTINGS, Replicas
 from tests.dist.nets import train
 from tests.dist.threads import run_ranks
 
@@ -192,6 +193,20 @@ def test_one_with_other_settings_is_refused_and_the_others_go_on(make: Make) -> 
     assert "Replica 2 differs from replica 0, which has trained longer, in EDiTConfig" in replicas.outputs()
     replicas.wait_for_syncs(0, 2)
     check_ends(replicas.finish(), 2)
+
+
+def test_replicas_with_other_anchors_stop_with_both_digests(make: Make) -> None:
+    replicas = make(2, [0.02] * 2, sync_interval=4, overlap="delayed", delay_steps=2)
+    replicas.start(0)
+    replicas.start(1, OTHER_ANCHOR)
+    assert [replicas.processes.pop(number).wait(timeout=60) for number in (0, 1)] == [1, 1]
+    found = re.findall(
+        r"replica (\d) have the digest (\S+), but those of replicas \[(\d)\] \['(\S+)'\]", replicas.outputs()
+    )
+    (first, own, other, theirs), again = found[0], found[1]
+    assert (first, other) == ("0", "1")
+    assert own != theirs
+    assert again == ("1", theirs, "0", own)
 
 
 def test_a_second_launch_takes_the_place_of_the_first(make: Make) -> None:
