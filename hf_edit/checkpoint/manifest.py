@@ -46,9 +46,11 @@ class Manifest:
     format: int = FORMAT
 
     def part_for(self, replica: int) -> int:
-        """Whose part replica number `replica` of a run takes: its own, or that of one in its place."""
+        """Whose part replica number `replica` of a run takes: its own, or that of one in its place. Of replicas that
+        come and go one has written for all."""
         wanted = replica % self.num_replicas
-        return wanted if wanted in self.parts else self.parts[replica % len(self.parts)]
+        one_for_all = self.config.get("elastic", False) and wanted not in self.parts
+        return self.parts[replica % len(self.parts)] if one_for_all else wanted
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

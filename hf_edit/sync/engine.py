@@ -216,7 +216,7 @@ class Engine:
         if self._last_step is not None and not self.sync.pending:
             # A delayed sync is applied that much later, and the end is decided then.
             due = due or self.progress.value + self._delay_steps >= self._last_step
-        return self.peers.inside.lead(due)
+        return self.peers.inside.lead(due) if self.by_time else due
 
     def flush(self, requests: Collection[str] = (), leaving: bool = False) -> set[str] | None:
         """Makes the replicas equal: ends a sync under way, and syncs what was learnt since the last one.

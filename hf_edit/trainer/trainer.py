@@ -174,7 +174,9 @@ class EDiTMixin(
         if self._resumed:
             checkpoint.load_outer(*self._resumed, self._training())
             self._restore_rank_state(rank_state)
-            self._engine.progress.totals = self._engine.progress.totals or list(self._resumed_host["totals"])
+        if self._elastic and not (totals := self._engine.progress.totals):
+            saved = self._resumed_host["totals"] if self._resumed else None
+            totals += saved or [float(self._steps.own)] * self.edit_layout.num_replicas
         self._start_progress(first=rank_state is None)
         elements = sum(part.numel() for unit in self._engine.units for part in unit.parts())
         self.edit_stats.gradient_bytes = ring_bytes(4 * elements, self.edit_layout.num_replicas)
