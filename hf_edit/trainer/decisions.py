@@ -59,6 +59,12 @@ class TrainerDecisions(_TrainerToBe):
         alone = self.pop_callback(JITCheckpointCallback)
         if alone is not None:
             alone.on_train_end(self.args, self.state, self.control)  # gives the signal back
+            if self.edit_config.elastic:
+                self._say_once(
+                    "enable_jit_checkpoint has no effect with elastic: the others train on, with what they know of a "
+                    "replica that ends."
+                )
+                return
             self._jit = JointJITCheckpoint()
             self._jit.set_trainer(self)
             self.add_callback(self._jit)
