@@ -26,7 +26,7 @@ from hf_edit.peers.lighthouse import serve
 from hf_edit.sync.engine import Engine
 from tests.dist.nets import Net, batch, make_optimizer
 
-HEARTBEAT_SECONDS = STRAGGLER_SECONDS = 1.0
+HEARTBEAT_SECONDS, STRAGGLER_SECONDS = 1.5, 1.0
 NEVER = "never"
 OTHER_SETTINGS = "other settings"
 OTHER_ANCHOR = "other anchor"
