@@ -248,19 +248,21 @@ def table(results: dict[str, Any]) -> str:
     whole = {run["seed"]: run for run in results["runs"] if not run["faults_wanted"]}
     for run in results["runs"]:
         reference = whole.get(run["seed"])
-        goodput = loss = ""
+        goodput, loss = f"{run['steps_per_up_second'] or math.nan:.2f}", ""
         if reference is not None and run is not reference and run["loss"] is not None:
-            goodput = f"{run['steps_per_up_second'] / reference['steps_per_up_second']:.3f}"
+            goodput += f" ({run['steps_per_up_second'] / reference['steps_per_up_second']:.3f})"
             loss = f" ({run['loss'] / reference['loss'] - 1:+.2%})"
         rows.append([
             f"{settings['hosts']} x {settings['ranks']}", run["seed"],
             f"{run['faults']} ({run['kill']} kills, {run['stop']} stops, {run['cut']} cuts)" if run["faults"] else 0,
             f"{run['faults_an_hour']:.0f}", run["problem"] or ("none" if run["equal"] else "other parameters"),
-            run["lost_steps"], seconds(run, "commit_after_kill_seconds"), seconds(run, "back_seconds"), goodput,
+            f"{run['lost_steps']:.0f}", seconds(run, "commit_after_kill_seconds"), seconds(run, "back_seconds"),
+            goodput,
             "" if run["loss"] is None else f"{run['loss']:.4f}{loss}",
         ])  # fmt: skip
     heading = ["hosts x ranks", "seed", "faults", "an hour", "problem", "steps lost by who was not killed",
-               "first commit after a kill, s: median (worst)", "from launch to step, s: median (worst)", "goodput",
+               "first commit after a kill, s: median (worst)", "from launch to step, s: median (worst)",
+               "steps per second of who is up (share of the same without faults)",
                "validation loss (over the same without faults)"]  # fmt: skip
     return markdown_table(heading, rows)
 
