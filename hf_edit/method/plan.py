@@ -49,10 +49,16 @@ class SyncPlan:
 
     @property
     def sound_replica(self) -> int | None:
-        """The first replica that passed in every unit, one that did a step before an idle one; None: there is none."""
-        passed = ~self.anomalous.any(dim=0)
-        found = [*(passed & (self.tallies["inner_steps"] > 0)).nonzero().flatten(), *passed.nonzero().flatten()]
-        return int(found[0]) if found else None
+        """`sound_of` all replicas."""
+        return self.sound_of(range(self.norms.shape[1]))
+
+    def sound_of(self, members: Sequence[int]) -> int | None:
+        """The first of `members` that passed in every unit, one that did a step before an idle one; None: there is
+        none. Who does not take part has nothing to give."""
+        passed = (~self.anomalous.any(dim=0)).tolist()
+        steps = self.tallies["inner_steps"].tolist()
+        sound = [member for member in members if passed[member]]
+        return next((member for member in sound if steps[member] > 0), sound[0] if sound else None)
 
 
 def make_plan(

@@ -356,7 +356,7 @@ class Engine:
         self.set_interval()
         self._restart_timer()
         if float(shared["buffers"].sum()) > 0:
-            self._buffers.follow(plan.sound_replica)
+            self._buffers.follow(plan.sound_of(members))
         self._all_arrived = float(shared["barrier"][members].min()) > 0
         return {name for name in REQUESTS if float(shared[name].sum()) > 0}
 
