@@ -47,11 +47,6 @@ class SyncPlan:
         told = self.tallies.get("learning_rate")
         return 0.0 if told is None or steps == 0 else float(told.sum()) / steps
 
-    @property
-    def sound_replica(self) -> int | None:
-        """`sound_of` all replicas."""
-        return self.sound_of(range(self.norms.shape[1]))
-
     def sound_of(self, members: Sequence[int]) -> int | None:
         """The first of `members` that passed in every unit, one that did a step before an idle one; None: there is
         none. Who does not take part has nothing to give."""

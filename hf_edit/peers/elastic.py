@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 10.0  # after which the first rank tells the others of its replica that it still waits
 SAY_AFTER_SECONDS = 30.0
+FAILURES = 5  # in a row, and for as long as a sync may take, until a replica gives up
 MADE_ANEW = "made anew after healing"
 ERROR_LENGTH = 200  # of what is shown of an error's text
 HEALING_BYTES_PER_SECOND = 1e6  # at which state is expected to travel at least; the others wait for it meanwhile
@@ -77,7 +78,8 @@ class ElasticPeers:
         self._error: str | None = None
         self._said_at = 0.0
         self._timeout_seconds = timeout_seconds
-        self._failing_since: float | None = None  # since the last one that was carried out
+        self._failing_since: float | None = None  # of those since the last one that was carried out
+        self._failures = 0
 
     # -- a sync -------------------------------------------------------------------------------------------------------
 
@@ -147,7 +149,7 @@ class ElasticPeers:
         self.in_doubt = meeting.key if not heard and self.beside.count(complete) == self.beside.size else None
         if heard:
             self._commits.append(meeting.key)
-            self._failing_since = None
+            self._failing_since, self._failures = None, 0
         else:
             self._fail(self._error or "it has failed on another rank of the replica")
         if meeting.stale:
@@ -240,8 +242,9 @@ class ElasticPeers:
     def _give_up_if_none_succeeds(self) -> None:
         """Raises RuntimeError if for too long syncs have failed, though others were there."""
         now = time.monotonic()
-        self._failing_since = self._failing_since or now
-        if now - self._failing_since > self._timeout_seconds:
+        self._failing_since, self._failures = self._failing_since or now, self._failures + 1
+        # Few that lie far apart are others' faults; in between it waited, or they trained.
+        if now - self._failing_since > self._timeout_seconds and self._failures >= FAILURES:
             others = [replica for replica in self._met.replicas if replica != self.replica] if self.meeting else []
             raise RuntimeError(
                 f"Replica {self.replica} has not carried out a sync for {now - self._failing_since:.0f} s, though "

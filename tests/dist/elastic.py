@@ -176,6 +176,10 @@ class Replicas:
         with (self.folder / f"output-{number}.txt").open("ab") as output:
             self.processes[number] = subprocess.Popen(words, env=env, stdout=output, stderr=output)
 
+    def start_both(self) -> None:
+        for number in (0, 1):
+            self.start(number)
+
     def notes(self, what: str | None = None, number: int | None = None) -> list[dict[str, Any]]:
         """In the order of time."""
         lines = [line for path in self.folder.glob("replica-*.jsonl") for line in path.read_text().splitlines()]

@@ -55,8 +55,7 @@ def check_ends(ends: list[dict[str, Any]], count: int) -> None:
 )
 def test_a_replica_dies_at_every_point_and_comes_back(make: Make, overlap: dict[str, Any], faults: list[str]) -> None:
     replicas = make(3, [0.02] * 3, sync_interval=4, **overlap)
-    for number in (0, 1):
-        replicas.start(number)
+    replicas.start_both()
     for fault in faults:
         replicas.start(2, fault)
         replicas.wait(lambda: replicas.processes[2].poll() is not None)
@@ -91,8 +90,7 @@ def test_without_faults_it_is_the_static_mode(make: Make, overlap: dict[str, Any
     config = EDiTConfig(sync_interval=4, sync_moments="both", **overlap)
     static = run_ranks(2, lambda rank: train(rank, 2, config, steps=26))[0]
     replicas = make(2, [0.0] * 2, sync_interval=4, sync_moments="both", steps=26, **overlap)
-    replicas.start(0)
-    replicas.start(1)
+    replicas.start_both()
     ends = replicas.finish()
     check_ends(ends, 2)
     expected = [float(param.double().sum()) for param in static.params.values()]
@@ -115,8 +113,7 @@ def test_the_one_that_heals_dies(make: Make, overlap: dict[str, Any]) -> None:
 
 def test_survivors_commit_soon_after_a_kill(make: Make) -> None:
     replicas = make(2, [0.02] * 2, sync_interval=4, overlap="none")
-    replicas.start(0)
-    replicas.start(1)
+    replicas.start_both()
     replicas.wait_for_syncs(0, 3)
     replicas.processes[1].send_signal(signal.SIGKILL)
     killed_at = time.time()
@@ -130,8 +127,7 @@ def test_survivors_commit_soon_after_a_kill(make: Make) -> None:
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_replica_is_left_out_and_goes_on_with_what_it_has(make: Make, stopped: int) -> None:
     replicas = make(2, [0.02] * 2, sync_interval=4, overlap="delayed", delay_steps=2)
-    replicas.start(0)
-    replicas.start(1)
+    replicas.start_both()
     replicas.wait_for_syncs(0, 3)
     replicas.processes[stopped].send_signal(signal.SIGSTOP)
     replicas.wait_for_syncs(1 - stopped, 4)
@@ -147,8 +143,7 @@ def test_of_two_a_slow_one_is_waited_for_only_so_long(make: Make, slow: int) -> 
     pauses = [0.02, 0.02]
     pauses[slow] = 1.1  # 4.4 s between its syncs
     replicas = make(2, pauses, sync_interval=4, overlap="none")
-    replicas.start(0)
-    replicas.start(1)
+    replicas.start_both()
     replicas.wait_for_syncs(slow, 3)
     alone = [note for note in replicas.notes("synced", 1 - slow) if note["members"] == [1 - slow]]
     assert len(alone) >= 2
@@ -160,8 +155,7 @@ def test_by_time_with_outer_state_on_the_host(make: Make) -> None:
     """A-EDiT: a fast one takes more steps, and both are counted; one is killed, and comes back."""
     replicas = make(2, [0.02, 0.1], sync_seconds=0.5, overlap="delayed", delay_steps=2, offload_outer_state=True,
                     compression="int8")  # fmt: skip
-    replicas.start(0)
-    replicas.start(1)
+    replicas.start_both()
     replicas.wait_for_syncs(1, 3)
     steps = [replicas.notes("synced", number)[-1]["steps"] for number in (0, 1)]
     assert steps[0] > 2 * steps[1]
@@ -185,8 +179,7 @@ def test_a_lone_fresh_replica_waits(make: Make) -> None:
 
 def test_one_with_other_settings_is_refused_and_the_others_go_on(make: Make) -> None:
     replicas = make(3, [0.02] * 3, sync_interval=4, overlap="none")
-    replicas.start(0)
-    replicas.start(1)
+    replicas.start_both()
     replicas.wait_for_syncs(0, 2)
     replicas.start(2, OTHER_SETTINGS)
     assert replicas.processes.pop(2).wait(timeout=60) == 1
@@ -220,8 +213,7 @@ def test_who_reaches_the_lighthouse_and_nobody_else_says_so(make: Make) -> None:
 
 def test_a_second_launch_takes_the_place_of_the_first(make: Make) -> None:
     replicas = make(2, [0.02] * 2, sync_interval=4, overlap="none")
-    replicas.start(0)
-    replicas.start(1)
+    replicas.start_both()
     replicas.wait_for_syncs(0, 2)
     first = replicas.processes[1]
     replicas.start(1)

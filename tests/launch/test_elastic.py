@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -151,7 +150,3 @@ def test_the_demo_and_what_it_leaves(tmp_path: Path) -> None:
     assert "the checkpoint is of 2 replicas x 1 shards, this run has 4 replicas x 1 shards" in output
     trained = float(next(line for line in output.splitlines() if line.startswith("perplexity, trained")).split()[-1])
     assert trained < 90
-
-
-if sys.platform != "linux":
-    pytest.skip("torchft has wheels for Linux alone", allow_module_level=True)
