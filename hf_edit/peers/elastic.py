@@ -37,7 +37,8 @@ HEALING_BYTES_PER_SECOND = 1e6  # at which state is expected to travel at least;
 
 
 class ElasticPeers:
-    """
+    """The other replicas, as far as they are there.
+
     Args:
         layout: where this rank is among all R replicas.
         timeout_seconds: longest wait inside the replica.

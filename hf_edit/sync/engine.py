@@ -301,6 +301,8 @@ class Engine:
     def close(self) -> None:
         """Training has ended: DDP is left as it was found."""
         release(self._model)
+        if self.sync.healing is not None:
+            self.sync.healing.close()
 
     def abandon(self) -> None:
         """Forgets a sync under way; for a training that was broken off."""

@@ -59,7 +59,8 @@ class Doubt:
 
 
 class Healing:
-    """
+    """What of a sync is about members that lack one, on either side.
+
     Args:
         sync: the outer syncs that this is of.
         optimizer: the inner one.
@@ -74,8 +75,15 @@ class Healing:
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._doubts: list[Doubt] = []
         self._stepping = threading.Lock()  # a delayed sync reads the optimizer's state beside the training
-        self._optimizer.register_step_pre_hook(self._before_step)
-        self._optimizer.register_step_post_hook(self._after_step)
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def close(self) -> None:
+        """Lets go of the optimizer, which may train on, and would keep the anchors."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _before_step(self, *_: object) -> None:
         self._stepping.acquire()

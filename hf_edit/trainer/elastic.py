@@ -129,7 +129,8 @@ class TrainerElastic(_TrainerToBe):
 
     def _be_told(self, told: dict[str, Any]) -> None:
         self._told = told
-        self._steps.agreed = self._steps.logged = told["agreed"]
+        self._steps.agreed = told["agreed"]
+        self._steps.logged = max(self._steps.logged, told["agreed"])  # this replica may have logged further
         self._input_tokens.confirmed, self._flos.confirmed = told["counts"]
         for name, value in told["best"].items():
             setattr(self.state, name, value)
