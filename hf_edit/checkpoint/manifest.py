@@ -11,14 +11,14 @@ import json
 import os
 import pickle
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_edit.checkpoint.storage import needed_files, sync_to_disk
+from hf_edit.checkpoint.storage import needed_files, sync_all_to_disk, sync_to_disk
 from hf_edit.sync.units import named_tensors
 
 EDIT_FOLDER = "edit"
@@ -30,7 +30,8 @@ MARK = "EDiTCheckpointMark"  # in trainer_state.json, with the step: this checkp
 class Manifest:
     """What a checkpoint holds: the trained parameters with their shapes, all files with their bytes.
 
-    `parts` are the replicas whose parts are in this folder: all of them, or those of a host with a disk of its own.
+    `parts` are the replicas whose parts are in this folder: all of them, or those of a host with a disk of its own. Of
+    replicas that come and go, the one that wrote for all; as it is read, those too whose parts have come since.
     """
 
     step: int
@@ -43,14 +44,20 @@ class Manifest:
     config: dict[str, Any]
     parameters: dict[str, list[int]]
     files: dict[str, int]
+    meeting: str = ""  # the key of the sync that it was written behind, where replicas come and go
     format: int = FORMAT
+
+    @property
+    def elastic(self) -> bool:
+        """True if it is of replicas that come and go."""
+        return bool(self.config.get("elastic", False))
 
     def part_for(self, replica: int) -> int:
         """Whose part replica number `replica` of a run takes: its own, or that of one in its place. Of replicas that
-        come and go one has written for all."""
+        come and go one has written for all, and some may not have been there."""
         wanted = replica % self.num_replicas
-        one_for_all = self.config.get("elastic", False) and wanted not in self.parts
-        return self.parts[replica % len(self.parts)] if one_for_all else wanted
+        absent = self.elastic and wanted not in self.parts
+        return self.parts[replica % len(self.parts)] if absent else wanted
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -62,12 +69,12 @@ class Manifest:
                 f"its format is {found}, and this version of hf_edit reads {FORMAT}; go on with the version that wrote "
                 "it, or start a new training from its weights"
             )
-        if set(values) != {f.name for f in fields(cls)}:
+        if set(values) | {"meeting"} != {f.name for f in fields(cls)}:
             raise ValueError("its manifest lacks entries")
         manifest = cls(**values)
         if not manifest.parts or not set(manifest.parts) <= set(range(manifest.num_replicas)):
             raise ValueError(f"it has parts {manifest.parts} of {manifest.num_replicas} replicas")
-        return manifest
+        return replace(manifest, parts=sorted({*manifest.parts, *_later_parts(folder, manifest)}))
 
 
 def problem(folder: Path, trainer: bool = True) -> str | None:
@@ -110,23 +117,45 @@ def problem(folder: Path, trainer: bool = True) -> str | None:
 
 def host_part(replica: int, shard: int) -> str:
     """Where in a checkpoint rank `shard` of `replica` keeps what it has on the host, and the step that it is of."""
-    return f"{EDIT_FOLDER}/replica-{replica}/host-{shard}.pt"
+    return f"{replica_part(replica)}/host-{shard}.pt"
+
+
+def replica_part(replica: int) -> str:
+    """Where in a checkpoint `replica` keeps what is its own alone."""
+    return f"{EDIT_FOLDER}/replica-{replica}"
+
+
+def _later_parts(folder: Path, manifest: Manifest) -> list[int]:
+    """The replicas whose parts came after the manifest was written; one that is not whole is none."""
+    if not manifest.elastic:
+        return []
+    there = [i for i in range(manifest.num_replicas) if (folder / replica_part(i)).is_dir()]
+    return [i for i in there if i not in manifest.parts and not _wrong_in_part(folder, manifest, i)]
 
 
 def _wrong_parts(folder: Path, manifest: Manifest) -> list[str]:
     """What is missing of the parts of all ranks, or not of the manifest's step, as the files themselves say."""
+    wrong = _wrong_tensors(folder, f"{EDIT_FOLDER}/outer")
+    return wrong + [text for replica in manifest.parts for text in _wrong_in_part(folder, manifest, replica)]
+
+
+def _wrong_tensors(folder: Path, place: str) -> list[str]:
     wrong = []
-    for place in (f"{EDIT_FOLDER}/outer", *(f"{EDIT_FOLDER}/replica-{replica}" for replica in manifest.parts)):
-        try:
-            for name, size in needed_files(folder / place).items():
-                path = folder / place / name
-                if not path.is_file() or path.stat().st_size < size:
-                    wrong.append(f"{place}/{name} is {'cut off' if path.is_file() else 'missing'}")
-        except OSError:
-            wrong.append(f"{place}/.metadata is missing")
-        except ValueError as error:
-            wrong.append(str(error))
-    for name in (host_part(i, j) for i in manifest.parts for j in range(manifest.replica_size)):
+    try:
+        for name, size in needed_files(folder / place).items():
+            path = folder / place / name
+            if not path.is_file() or path.stat().st_size < size:
+                wrong.append(f"{place}/{name} is {'cut off' if path.is_file() else 'missing'}")
+    except OSError:
+        wrong.append(f"{place}/.metadata is missing")
+    except ValueError as error:
+        wrong.append(str(error))
+    return wrong
+
+
+def _wrong_in_part(folder: Path, manifest: Manifest, replica: int) -> list[str]:
+    wrong = _wrong_tensors(folder, replica_part(replica))
+    for name in (host_part(replica, shard) for shard in range(manifest.replica_size)):
         try:
             step = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)["step"]
         except FileNotFoundError:
@@ -177,10 +206,8 @@ def seal(folder: Path, manifest: Manifest) -> None:
             f"{folder} is not whole, and is left without a manifest: {'; '.join(wrong[:8])}{more}. All ranks must save "
             "at the same step, in a folder that all hosts see; or each host in its own, with save_on_each_node=True."
         )
-    paths = sorted(folder.rglob("*"))
-    files = [path for path in paths if path.is_file()]
-    for path in (*files, *(path for path in reversed(paths) if path.is_dir()), folder, folder.absolute().parent):
-        sync_to_disk(path)
+    files = sync_all_to_disk(folder)
+    sync_to_disk(folder.absolute().parent)
     values = {**asdict(manifest), "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}}
     target = folder / EDIT_FOLDER / "manifest.json"
     draft = target.with_suffix(".tmp")

@@ -5,6 +5,8 @@
     edit/replica-I/host-J.pt   what rank J of it keeps on the host, and the step that it is of
     edit/manifest.json   what the run was, and every file of the checkpoint with its size; written last, atomically
 
+Of replicas that come and go one writes for all, and waits for nobody; the others' parts come later (`late.py`).
+
 Tensors are stored by parameter name as whole (DTensor) tensors, so another number of ranks in a replica reshards them;
 every rank writes its own shard from where it lies.
 """
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_edit.checkpoint.outer as outer
-from hf_edit.checkpoint.manifest import EDIT_FOLDER, Manifest, host_part, trained_parameters
+from hf_edit.checkpoint.manifest import EDIT_FOLDER, Manifest, host_part, replica_part, trained_parameters
 from hf_edit.checkpoint.storage import read, saved_tensors, sync_to_disk, write
 from hf_edit.checkpoint.tensors import Owners, ReplicaRanks, pack, templates, unpack
 from hf_edit.config import EDiTConfig
@@ -77,13 +79,15 @@ def save(folder: Path, training: Training, step: int, host: dict[str, Any], *, w
     tensors, rest = pack(training.optimizer, _owners(training.optimizer, training.model), training.ranks)
     if engine is not None:
         tensors |= outer.residual_tensors(engine.sync)
-    write(tensors, folder / EDIT_FOLDER / f"replica-{layout.replica}", training.group)
+    write(tensors, folder / replica_part(layout.replica), training.group)
     part = folder / host_part(layout.replica, layout.shard)
     torch.save({"step": step, "optimizer": rest, "outer": outer_rest, "host": {**host, "rank": rank}}, part)
     sync_to_disk(part)
 
 
-def describe(training: Training, step: int, config: EDiTConfig, parts: Sequence[int] | None = None) -> Manifest:
+def describe(
+    training: Training, step: int, config: EDiTConfig, parts: Sequence[int] | None = None, meeting: str = ""
+) -> Manifest:
     """The manifest of `training`'s checkpoint of `step`; `parts` are the replicas in this folder, None for all."""
     engine, layout = training.engine, training.layout
     return Manifest(
@@ -97,6 +101,7 @@ def describe(training: Training, step: int, config: EDiTConfig, parts: Sequence[
         config=config.to_dict(),
         parameters=trained_parameters(training.model),
         files={},
+        meeting=meeting,
     )
 
 
@@ -124,7 +129,7 @@ def load_inner(folder: Path, manifest: Manifest, training: Training) -> dict[str
     """
     layout, optimizer = training.layout, training.optimizer
     rest = _read_part(folder, manifest, layout)["optimizer"]
-    place = (folder / host_part(manifest.part_for(layout.replica), 0)).parent
+    place = folder / replica_part(manifest.part_for(layout.replica))
     owners = _owners(optimizer, training.model)
     state, lost = templates(owners, saved_tensors(place), "", layout)
     read(state, place, training.group)
@@ -141,7 +146,7 @@ def read_host(folder: Path, manifest: Manifest, layout: Layout, elastic: bool = 
     """
     host: dict[str, Any] = _read_part(folder, manifest, layout)["host"]
     same = (layout.num_replicas, layout.replica_size) == (manifest.num_replicas, manifest.replica_size)
-    same = same and elastic == manifest.config.get("elastic", False)
+    same = same and elastic == manifest.elastic
     progress = host["rank"].get("progress")
     host["totals"] = progress["totals"] if same and elastic and progress else []
     return host if same and manifest.part_for(layout.replica) == layout.replica else {**host, "rank": None}
@@ -171,7 +176,7 @@ def load_outer(folder: Path, manifest: Manifest, training: Training) -> None:
     outer.load_outer(folder / EDIT_FOLDER / "outer", manifest, engine.sync, rest, training.ranks)
     engine.tuning.resume(manifest.config)
     for replica in {*range(layout.replica, manifest.num_replicas, layout.num_replicas)} & {*manifest.parts}:
-        outer.load_residuals((folder / host_part(replica, 0)).parent, engine.sync, training.ranks)
+        outer.load_residuals(folder / replica_part(replica), engine.sync, training.ranks)
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------

@@ -99,6 +99,15 @@ def needed_files(place: Path) -> dict[str, int]:
     return needed
 
 
+def sync_all_to_disk(folder: Path) -> list[Path]:
+    """All files in `folder` and below, after they, and the folders with their names, have reached the disk."""
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file()]
+    for path in (*files, *(path for path in reversed(paths) if path.is_dir()), folder):
+        sync_to_disk(path)
+    return files
+
+
 def sync_to_disk(path: Path) -> None:
     """Returns when the file or folder has reached the disk; of a folder that means the names in it."""
     if path.is_dir() and os.name == "nt":

@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hf_edit import EDiTConfig
 from hf_edit.cli.job import BYTES_PER_ELEMENT, Numbers, Outcome, Settings
 
 FORWARD_SHARE = 1 / 3  # of a step's computation; backward is the rest
@@ -203,3 +204,14 @@ def uptime(numbers: Numbers, steps_per_sync: float, step_seconds: float) -> floa
     if kept / between > 700:
         return 0.0
     return kept / ((between + numbers.restart_seconds) * math.expm1(kept / between))
+
+
+def elastic_uptime(numbers: Numbers, interval_seconds: float) -> float:
+    """The same where the other replicas train on (elastic=True): each failure costs one of them its restart and half an
+    interval, of whose steps nobody knows; and the others a heartbeat.
+    """
+    if numbers.hours_between_failures is None:
+        return 1.0
+    between, heartbeat = 3600 * numbers.hours_between_failures, EDiTConfig().heartbeat_seconds
+    own = between * numbers.num_replicas
+    return own / (own + numbers.restart_seconds + interval_seconds / 2) * between / (between + heartbeat)

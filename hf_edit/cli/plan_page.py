@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from hf_edit import EDiTConfig
+from hf_edit.cli.events import elastic_uptime
 from hf_edit.cli.simulation import (
     CPU_SECONDS_PER_BYTE,
     TOLERANCE,
@@ -142,7 +143,9 @@ def recommendation(numbers: Numbers, best: Outcome, outcomes: Sequence[Outcome])
     if best.settings.compression == "none":
         lines.append(_what_codes_give(numbers, best, outcomes))
     if numbers.hours_between_failures:
-        lines.append(f"With the failures {percent(best.goodput)} of the speed are left.")
+        elastic = best.share * elastic_uptime(numbers, best.interval_seconds)
+        lines.append(f"With the failures {percent(best.goodput)} of the speed are left; with elastic=True, where the "
+                     f"other replicas train on, {percent(elastic)}.")  # fmt: skip
     if "sync_timeout_seconds" in values:
         lines.append(f"The time limit is longer because a sync may take {duration(best.longest_sync_seconds)}.")
     return lines
@@ -193,7 +196,7 @@ def reasons_against(numbers: Numbers, best: Outcome, together: Outcome, steps: i
         found.append(_too_slow(numbers, best))
     if numbers.hours_between_failures and best.goodput < TOO_SLOW * best.share:
         found.append(f"Failures take {percent(1 - best.goodput / best.share)} of the time: a lost rank ends the run. "
-                     "Save more often (--checkpoint-steps), or restart faster.")  # fmt: skip
+                     "Let the others train on (elastic=True), save more often, or restart faster.")  # fmt: skip
     return found
 
 

@@ -193,15 +193,17 @@ class TrainerCheckpoints(_TrainerToBe):
         if self._engine is None:
             return super()._save_checkpoint(model, trial)
         self._make_replicas_equal("save")
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if not self._writes_files():
             if self.state.best_global_step:
-                best = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.best_global_step}"
+                best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
                 self.state.best_model_checkpoint = str(best)
+            if not self.args.save_only_model:
+                self._save_part(folder)
             return
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EDiTCheckpointMark):  # on_step_end would be too early: A-EDiT's step is agreed on
                 callback.step = self.state.global_step
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if not self.args.save_only_model:
             if self._writes_shared():
                 start(folder)
@@ -239,21 +241,25 @@ class TrainerCheckpoints(_TrainerToBe):
                 torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
         else:
             super()._save_optimizer_and_scheduler(output_dir)
+        self._save_own(Path(output_dir), self._writes_outer())
+
+    def _save_own(self, folder: Path, write_outer: bool) -> None:
+        """This rank's part of `folder`/edit."""
         scaler = self.accelerator.scaler
         stateful = {"scheduler": self.lr_scheduler} | ({} if scaler is None else {"scaler": scaler})
         host = {"rank": self._rank_state(), "stateful": {name: thing.state_dict() for name, thing in stateful.items()}}
-        step = self.state.global_step
-        checkpoint.save(Path(output_dir), self._training(), step, host, write_outer=self._writes_outer())
+        checkpoint.save(folder, self._training(), self.state.global_step, host, write_outer=write_outer)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self._engine is None:
+        if self._engine is None or not self._writes_files():
             return
         self._get_peers().barrier()  # every rank has written its part
         if self._writes_shared():
             manifest = checkpoint.describe(
-                self._training(), self.state.global_step, self.edit_config, self._replicas_of_the_folder()
-            )
+                self._training(), self.state.global_step, self.edit_config, self._replicas_of_the_folder(),
+                self._meeting_key,
+            )  # fmt: skip
             seal(Path(output_dir), manifest)
 
     def _replicas_of_the_folder(self) -> range:

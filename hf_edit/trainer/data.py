@@ -301,11 +301,11 @@ class TrainerData(_TrainerToBe):
         if self._position.num_batches and self._resumed:
             # Private in transformers 5.24, which would do this after the batches are drawn. The state is that of the
             # checkpoint's moment: a collator or data set of this process goes on drawing from it.
-            super()._load_rng_state(str(self._resumed[0]))
+            super()._load_rng_state(self._place_of_random_state(str(self._resumed[0])))
             self._is_restored = True
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._is_restored:
             self._is_restored = False
             return
-        super()._load_rng_state(checkpoint)
+        super()._load_rng_state(checkpoint and self._place_of_random_state(checkpoint))

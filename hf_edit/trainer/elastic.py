@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_callback import ExportableState
 
-from hf_edit.checkpoint.manifest import checkpoints, problem
+from hf_edit.checkpoint.late import LatePart
+from hf_edit.checkpoint.manifest import checkpoints, problem, replica_part
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.elastic import ElasticPeers
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
-from hf_edit.telemetry.logs import GlobalCount
+from hf_edit.telemetry.logs import EDiTStats, GlobalCount
 from hf_edit.trainer.data import DataPosition
 from hf_edit.trainer.progress import GlobalSteps
 
@@ -42,6 +45,7 @@ class TrainerElastic(_TrainerToBe):
 
     edit_config: EDiTConfig
     edit_layout: Layout
+    edit_stats: EDiTStats
     _engine: Engine | None
     _peers: Any
     _steps: GlobalSteps
@@ -49,6 +53,7 @@ class TrainerElastic(_TrainerToBe):
     _input_tokens: GlobalCount
     _flos: GlobalCount
     _told: dict[str, Any] | None = None  # by the replica that has healed this one in `_join`
+    _part: LatePart | None = None  # of the last checkpoint, on the first rank of a replica that does not write it
 
     @property
     def _elastic(self) -> bool:
@@ -125,6 +130,8 @@ class TrainerElastic(_TrainerToBe):
             "agreed": self._steps.agreed,
             "counts": [self._input_tokens.confirmed, self._flos.confirmed],
             "best": {name: getattr(self.state, name) for name in BEST},
+            "callbacks": [(name, callback.state()["attributes"]) for name, callback in self._stateful_callbacks()],
+            "scheduler": self._scheduler_by_metric(),
         }
 
     def _be_told(self, told: dict[str, Any]) -> None:
@@ -134,6 +141,25 @@ class TrainerElastic(_TrainerToBe):
         self._input_tokens.confirmed, self._flos.confirmed = told["counts"]
         for name, value in told["best"].items():
             setattr(self.state, name, value)
+        for (name, callback), (of, values) in zip(self._stateful_callbacks(), told["callbacks"], strict=False):
+            for attribute, value in values.items() if of == name else ():
+                setattr(callback, attribute, value)
+        if told["scheduler"] is not None:
+            self.lr_scheduler.load_state_dict(told["scheduler"]["state"])
+            for group, rate in zip(self.optimizer.param_groups, told["scheduler"]["rates"], strict=True):
+                group["lr"] = rate
+
+    def _stateful_callbacks(self) -> list[tuple[str, Any]]:
+        """By name, those whose counts go by what all replicas evaluate, such as EarlyStoppingCallback."""
+        found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, ExportableState)]
+        return [(type(callback).__name__, callback) for callback in found]
+
+    def _scheduler_by_metric(self) -> dict[str, Any] | None:
+        """State and rates of a scheduler that goes by what is evaluated; others go by the global step."""
+        if not isinstance(self.lr_scheduler, ReduceLROnPlateau):
+            return None
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        return {"state": self.lr_scheduler.state_dict(), "rates": rates}
 
     # -- its part of the data -----------------------------------------------------------------------------------------
 
@@ -157,6 +183,35 @@ class TrainerElastic(_TrainerToBe):
 
     _first_replica: int | None = None  # when the training has ended
 
+    @property
+    def _meeting_key(self) -> str:
+        peers = self._peers
+        return peers.meeting.key if isinstance(peers, ElasticPeers) and peers.meeting is not None else ""
+
+    def _save_part(self, folder: Path) -> None:
+        """What this replica alone has, for the checkpoint that another writes."""
+        peers, replica = self._get_peers(), self.edit_layout.replica
+        part = LatePart(folder, self._output_place() / "part", replica, self._meeting_key)
+        first = self.args.process_index == 0
+        if first:
+            part.begin()
+        peers.barrier()
+        self._save_own(part.place, write_outer=False)
+        self._save_rng_state(str(part.folder))
+        peers.barrier()
+        self._part = part if first else None
+
+    def _place_of_random_state(self, checkpoint: str) -> str:
+        """Where in `checkpoint` the Trainer's rng_state.pth of this replica is."""
+        own = Path(checkpoint) / replica_part(self.edit_layout.replica)
+        return str(own) if self._elastic and any(own.glob("rng_state*.pth")) else checkpoint
+
+    def _log_syncs(self) -> None:
+        before = self.edit_stats.syncs
+        super()._log_syncs()
+        if self._part is not None and self.edit_stats.syncs > before and self._part.bring():
+            self._part = None
+
     def is_world_process_zero(self) -> bool:
         """As the Trainer's; of replicas that are launches of their own, one alone has it."""
         return super().is_world_process_zero() and self._writes_files()
@@ -172,6 +227,9 @@ class TrainerElastic(_TrainerToBe):
             return
         peers = self._get_peers()
         self._first_replica = None if peers.meeting is None else peers.meeting.replicas[0]
+        if self._part is not None and not self._part.bring_at_last():
+            self._say_once(f"{self._part.checkpoint} is not here, so this replica's part of it is not kept.")
+        self._part = None
         if self._writes_files() and self.args.process_index == 0:
             text = json.dumps({"global_step": self.state.global_step})
             (Path(self.args.output_dir) / ENDED).write_text(text, encoding="utf-8")

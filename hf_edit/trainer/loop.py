@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import hf_edit.checkpoint.state as checkpoint
+from hf_edit.checkpoint.late import LatePart
 from hf_edit.checkpoint.manifest import Manifest, check_model, problem, seal, start
 from hf_edit.checkpoint.outer import outer_tensors
 from hf_edit.config import EDiTConfig
@@ -73,6 +74,7 @@ class EDiT:
         self._own_steps = self._steps_of_all = 0
         self._peers: Any = None  # ProcessGroupPeers or ElasticPeers
         self._journal: Journal | None = None
+        self._part: LatePart | None = None  # of the last `save`, where another replica wrote for all
         if accelerator.is_main_process:
             plain = "" if self.layout.num_replicas > 1 else ": nothing to sync"
             logger.warning("EDiT: %s%s.", self.layout, plain)
@@ -150,6 +152,7 @@ class EDiT:
                 self._peers.close()
             self._note_steps()
             self._keep_logs()
+            self._bring_part(at_last=True)
         if self._journal is not None:
             self._journal.end(self._steps_of_all, error)
         if kind is not None:
@@ -178,6 +181,7 @@ class EDiT:
             if skipped:  # the optimizer was not called, nor its hook
                 self._engine.before_optimizer_step()
             self._engine.step(skipped=skipped)
+            self._bring_part()
             if self._engine.sync.sync_count - self._looked_at >= KEPT_LOGS // 10:
                 self._looked_at = self._engine.sync.sync_count
                 self._keep_logs()
@@ -295,27 +299,38 @@ class EDiT:
         folder = Path(folder)
         self.flush()
         self._note_steps()
-        writers = [self.layout.replica]
-        if isinstance(self._peers, ElasticPeers):
-            writers = self._peers.meeting.replicas if self._peers.meeting else writers
-            if self.layout.replica != writers[0]:
-                return
+        replica, meeting, parts, late = self.layout.replica, "", None, None
+        if isinstance(self._peers, ElasticPeers) and self._peers.meeting is not None:
+            parts, meeting = [replica], self._peers.meeting.key
+            if self._peers.meeting.replicas[0] != replica:  # that one writes for all
+                late = LatePart(folder, folder.with_name(f"{folder.name}.part-{replica}"), replica, meeting)
         first = self._accelerator.process_index == 0
         if first:
-            start(folder)
+            start(folder) if late is None else late.begin()
         self._accelerator.wait_for_everyone()
         host = {
             "rank": {"own_steps": self._own_steps},
             "stateful": {name: thing.state_dict() for name, thing in stateful.items()},
         }
         step = self._steps_of_all
-        writes_outer = self.config.elastic or self.layout.replica == 0
-        checkpoint.save(folder, self._training(), step, host, write_outer=writes_outer)
+        writes_outer = late is None and (self.config.elastic or replica == 0)
+        place = folder if late is None else late.place
+        checkpoint.save(place, self._training(), step, host, write_outer=writes_outer)
         self._accelerator.wait_for_everyone()
-        if first:
-            parts = writers[:1] if self.config.elastic else None
-            seal(folder, checkpoint.describe(self._training(), step, self.config, parts))
+        if first and late is None:
+            seal(folder, checkpoint.describe(self._training(), step, self.config, parts, meeting))
+        elif first:
+            self._part = late
+            self._bring_part(at_last=self._engine is None)
         self._accelerator.wait_for_everyone()
+
+    def _bring_part(self, at_last: bool = False) -> None:
+        """This replica's part of what another has written, or is about to."""
+        if self._part is None:
+            return
+        brought = self._part.bring_at_last() if at_last else self._part.bring()
+        if brought or at_last:
+            self._part = None
 
     def load(self, folder: str | Path, **stateful: Any) -> int:
         """Takes what `save` wrote, also by another number of replicas and shards; the optimizer steps taken until then

@@ -80,8 +80,10 @@ class Job:
 def make_job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     made: list[Job] = []
 
-    def make(*args: Any) -> Job:
-        made.append(Job(tmp_path, *args))
+    def make(*args: Any, folder: str = ".") -> Job:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        made.append(Job(place, *args))
         return made[-1]
 
     yield make
@@ -113,10 +115,14 @@ def test_who_is_launched_again_goes_on_where_it_was(make_job: Callable[..., Job]
     assert len(set(learnt)) == len(learnt), "no row twice"
     assert not mine & set(learnt), "each replica reads its own part"
 
-    if kind != "loop":
+    if kind == "loop":
+        assert problem(tmp_path / "state", trainer=False) is None
+        assert Manifest.read(tmp_path / "state").parts == [0, 1]
+    else:
         newest = checkpoints(tmp_path / "out")[0]
         assert problem(newest) is None
-        assert len(Manifest.read(newest).parts) == 1
+        assert Manifest.read(newest).parts == [0, 1], "who does not write for all adds what is its own"
+        assert not list(tmp_path.glob("out/replica-*/part"))
         assert (tmp_path / "out" / "model.safetensors").is_file()
     if kind == "trainer":  # who comes when the others have ended
         before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -124,6 +130,38 @@ def test_who_is_launched_again_goes_on_where_it_was(make_job: Callable[..., Job]
         job.wait(lambda: job.processes[1].poll() == 0)
         assert "the training has ended" in (tmp_path / "output-1.txt").read_text()
         assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_all_that_end_go_on_as_if_they_had_not(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    """Each with its own moments, remainders of codes, rows and random state."""
+    whole, broken = (make_job("together", 80, 0.05, folder=name) for name in ("whole", "broken"))
+    for replica in range(2):
+        whole.start(replica)
+    expected = whole.end()
+
+    def has_both_parts() -> bool:
+        newest = checkpoints(tmp_path / "broken" / "out")
+        return bool(newest) and problem(newest[0]) is None and Manifest.read(newest[0]).parts == [0, 1]
+
+    for _ in range(2):
+        for replica in range(2):
+            broken.start(replica)
+        broken.wait(has_both_parts)
+        for replica in range(2):
+            broken.kill(replica)
+    assert [path.name for path in checkpoints(tmp_path / "broken" / "out")] == ["checkpoint-40"]
+    for replica in range(2):
+        broken.start(replica)
+    found = broken.end()
+
+    for end, other in zip(expected, found, strict=True):
+        assert other["params"] == end["params"]
+        assert (other["step"], other["own"]) == (end["step"], end["own"])
+    for replica in range(2):
+        names = "step", "rows", "noise"
+        reads = [[note[name] for name in names] for note in whole.notes(replica)[0] if note["what"] == "reads"]
+        again = [[note[name] for name in names] for note in broken.notes(replica)[-1] if note["what"] == "reads"]
+        assert again == reads[40:]
 
 
 def test_the_demo_and_what_it_leaves(tmp_path: Path) -> None:

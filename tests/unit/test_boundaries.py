@@ -49,7 +49,7 @@ ORDER = [
     ),
     "sync.unit_sync",
     *(f"sync.{name}" for name in ("tuned", "overlap", "engine")),
-    *(f"checkpoint.{name}" for name in ("storage", "manifest", "tensors", "outer", "state")),
+    *(f"checkpoint.{name}" for name in ("storage", "manifest", "late", "tensors", "outer", "state")),
     *(f"telemetry.{name}" for name in ("logs", "journal", "wandb_run")),
     "trainer.checks",
     "trainer.accelerate_hook",

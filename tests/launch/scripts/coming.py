@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -53,14 +54,20 @@ class Pause(TrainerCallback):
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        random.seed(os.environ["EDIT_REPLICA"])  # each has a random state of its own
+
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         time.sleep(self.seconds)
 
 
-def with_trainer(folder: Path, max_steps: int, pause: float, note: Notes, **more: Any) -> None:
+def with_trainer(
+    folder: Path, max_steps: int, pause: float, note: Notes, config: dict[str, Any] = CONFIG, **more: Any
+) -> None:
     class Reading(EDiTTrainer):
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            note("reads", step=self._steps.own, rows=inputs.pop("number").tolist())
+            rows, noise = inputs.pop("number").tolist(), random.random()
+            note("reads", step=self._steps.own, rows=rows, noise=noise)
             return super().training_step(model, inputs, num_items_in_batch)
 
     args = make_args(
@@ -68,7 +75,7 @@ def with_trainer(folder: Path, max_steps: int, pause: float, note: Notes, **more
         remove_unused_columns=False, train_sampling_strategy="random", num_train_epochs=50, **more,
     )  # fmt: skip
     trainer = Reading(
-        model=make_model(), args=args, train_dataset=numbered_rows(), edit_config=CONFIG, callbacks=[Pause(pause)]
+        model=make_model(), args=args, train_dataset=numbered_rows(), edit_config=config, callbacks=[Pause(pause)]
     )
     trainer.train()
     trainer.save_model()
@@ -104,7 +111,10 @@ def main() -> None:
     kind, folder, max_steps, pause = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
     torch.set_num_threads(1)
     note = Notes(folder)
-    if kind == "loop":
+    if kind == "together":  # all or none, so that what they learn does not depend on when one is there
+        config = {**CONFIG, "overlap": "none", "min_replicas": REPLICAS, "compression": "int8"}
+        with_trainer(folder, max_steps, pause, note, config, lr_scheduler_type="cosine")
+    elif kind == "loop":
         with_loop(folder, max_steps, pause, note)
     elif kind == "sharded":
         with_trainer(folder, max_steps, pause, note, fsdp=True, fsdp_config={"version": 2})

@@ -97,14 +97,16 @@ def test_files_and_the_folders_above_them_reach_the_disk_in_order(
 ) -> None:
     """Files, then their folders, up to the parent; then the manifest, and its folder after it has its name."""
     synced: list[str] = []
+    sync_to_disk = storage.sync_to_disk
 
     def recorded(path: Path) -> None:
-        storage.sync_to_disk(path)
+        sync_to_disk(path)
         synced.append(path.relative_to(tmp_path).as_posix())
         named.append((tmp_path / "checkpoint-4/edit/manifest.json").exists())
 
     named: list[bool] = []
     monkeypatch.setattr("hf_edit.checkpoint.manifest.sync_to_disk", recorded)
+    monkeypatch.setattr("hf_edit.checkpoint.storage.sync_to_disk", recorded)
     folder = write(tmp_path / "checkpoint-4")
     files = [f"checkpoint-4/{name}" for name in Manifest.read(folder).files]
     assert synced[: len(files)] == files

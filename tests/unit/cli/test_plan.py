@@ -75,7 +75,7 @@ def test_unequal_replicas(capsys: pytest.CaptureFixture[str]) -> None:
         ("--rate 50gbit", "gradients in 2 bytes would keep 95% of the speed or more"),
         ("--steps 200", "200 steps have room for 25 syncs"),
         ("--rate 1mbit", "Train fewer\n    parameters (LoRA)"),
-        ("--rate unlimited --hours-between-failures 0.5", "Failures take"),
+        ("--rate unlimited --hours-between-failures 0.5", "Let the others train on (elastic=True)"),
     ],
 )
 def test_when_not_to_use_it(capsys: pytest.CaptureFixture[str], changes: str, text: str) -> None:

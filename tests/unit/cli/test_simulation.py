@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from hf_edit.cli import events, job, simulation
+from hf_edit.cli.events import elastic_uptime
 from hf_edit.cli.job import FIRST_WINDOW_BYTES
 from hf_edit.cli.simulation import (
     CPU_SECONDS_PER_BYTE,
@@ -145,6 +146,18 @@ def test_failures_cost_the_restart_and_what_was_not_saved() -> None:
         wall += lasted + numbers.restart_seconds
     assert simulate(numbers, NONE).goodput == pytest.approx(kept / wall, rel=0.02)
     assert simulate(replace(numbers, hours_between_failures=1e-5), NONE).goodput == 0
+
+
+def test_where_the_others_train_on_a_failure_costs_one_replica() -> None:
+    numbers = replace(SMALL, bits_per_second=math.inf, hours_between_failures=0.5, num_replicas=4)
+    kept, wall, draws = 0.0, 0.0, random.Random(1)
+    for _ in range(20_000):  # one replica, as it fails and as it waits for those of the others that failed meanwhile
+        lasted = draws.expovariate(1 / (4 * 1800))
+        kept += lasted // 64 * 64  # a sync every 64 s, of which each learns by the next one
+        wall += lasted + numbers.restart_seconds + 5.0 * (lasted + numbers.restart_seconds) / 1800
+    assert elastic_uptime(numbers, 64.0) == pytest.approx(kept / wall, rel=0.02)
+    assert elastic_uptime(replace(numbers, hours_between_failures=None), 64.0) == 1.0
+    assert simulate(numbers, NONE).goodput < 0.9 * elastic_uptime(numbers, 64.0), "else a failure stops them all"
 
 
 # -- properties -------------------------------------------------------------------------------------------------------

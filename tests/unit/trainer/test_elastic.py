@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from transformers import EarlyStoppingCallback, TrainerState
 
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.elastic import lighthouse_of_this_launch, replica_of_this_launch
 from hf_edit.peers.layout import Layout
+from hf_edit.telemetry.logs import GlobalCount
 from hf_edit.trainer.accelerate_hook import PlacedAccelerator, plan_layout
+from hf_edit.trainer.checkpoints import EDiTCheckpointMark
+from hf_edit.trainer.elastic import TrainerElastic
+from hf_edit.trainer.progress import GlobalSteps
 
 CONFIG = EDiTConfig(elastic=True, num_replicas=3, overlap="none")
 
@@ -74,3 +82,43 @@ def test_a_loader_is_prepared_for_the_ranks_of_all(launch: pytest.MonkeyPatch) -
     with accelerator.among_all(Layout(3, 2, 4)):
         assert (accelerator.num_processes, accelerator.process_index) == (6, 4)
     assert (accelerator.num_processes, accelerator.process_index) == (1, 0)
+
+
+class Alone(TrainerElastic):
+    """What of a Trainer tells a replica that lacks a sync, or is told."""
+
+    def __init__(self, scheduler: Any = ReduceLROnPlateau) -> None:
+        self.state, self._steps = TrainerState(), GlobalSteps()
+        self._input_tokens, self._flos = GlobalCount(2), GlobalCount(2)
+        self.stopper = EarlyStoppingCallback(early_stopping_patience=3)
+        self.callback_handler = SimpleNamespace(callbacks=[EDiTCheckpointMark(), self.stopper])
+        self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+        self.lr_scheduler = scheduler(self.optimizer)
+
+    def hear(self, other: Alone) -> None:
+        self._be_told(json.loads(json.dumps(other._tell())))
+
+
+def test_who_was_away_hears_what_the_others_evaluated() -> None:
+    """Counters and a scheduler that go by evaluations are as if it had been at all of them."""
+    source, away = Alone(), Alone()
+    for loss in (3.0, *[4.0] * 12):
+        source.lr_scheduler.step(metrics=loss)
+    source.stopper.early_stopping_patience_counter = 2
+    source.state.best_metric, source.state.best_global_step, source._steps.agreed = 3.0, 40, 160
+    away.hear(source)
+    assert away.stopper.early_stopping_patience_counter == 2
+    assert (away.state.best_metric, away.state.best_global_step, away._steps.agreed) == (3.0, 40, 160)
+    assert away.optimizer.param_groups[0]["lr"] == source.optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+    for one in (source, away):
+        for _ in range(11):
+            one.lr_scheduler.step(metrics=4.0)
+    assert away.optimizer.param_groups[0]["lr"] == source.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_a_scheduler_that_follows_the_progress_is_not_sent() -> None:
+    source, away = (Alone(lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step))) for _ in range(2))
+    source.lr_scheduler.step()
+    away.hear(source)
+    assert away.lr_scheduler.last_epoch == 0
+    assert away.optimizer.param_groups[0]["lr"] == 1.0
