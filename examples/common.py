@@ -6,15 +6,16 @@ place of what the example imports from it.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import torch
@@ -56,9 +57,26 @@ def parse(kinds: Sequence[type], defaults: dict[str, Any], description: str) -> 
     if any(word.startswith("--sync_seconds") for word in sys.argv):  # a sync has one trigger
         defaults = {name: value for name, value in defaults.items() if name != "sync_interval"}
     parser.set_defaults(**defaults)
-    parsed = parser.parse_args_into_dataclasses()
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    except ValueError as error:  # a setting that one of the dataclasses refuses
+        refuse(str(error))
+    if unknown:
+        refuse(_not_a_flag(unknown[0], [f"--{each.name}" for kind in kinds for each in fields(kind)]))
     set_seed(next(part.seed for part in parsed if hasattr(part, "seed")))
-    return parsed
+    return tuple(parsed)
+
+
+def _not_a_flag(word: str, flags: Sequence[str]) -> str:
+    name = word.split("=")[0]
+    close = difflib.get_close_matches(name, flags, n=1)
+    meant = f" Did you mean {close[0]}?" if close else ""
+    return f"{name} is no flag of this script.{meant} --help shows them all."
+
+
+def refuse(text: str) -> NoReturn:
+    """Ends the program; of all processes of a machine one says why."""
+    sys.exit(text if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 def resume_from(args: Any) -> str | bool | None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from tests.launch.launching import ROOT, accelerate_launch
 
@@ -103,6 +104,29 @@ def test_wrong_data_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) 
             load_text(TextArguments(**flags), language_reference)
     with pytest.raises(SystemExit, match=r"not \['label'\]. Rename yours"):
         require_columns(language_reference(), ["text", "label"], "Rename yours.")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--max_stesp", "4"], "--max_stesp is no flag of this script. Did you mean --max_steps?"),
+        (["--max_steps=4", "corpus.txt"], "corpus.txt is no flag of this script. --help shows them all."),
+        (["--sync_interval", "0"], "sync_interval=0: replicas need a whole number of at least 1"),
+    ],
+)
+def test_a_wrong_flag_is_refused_by_one_process(words: list[str], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+    from common import TextArguments, parse
+
+    from hf_edit import EDiTConfig
+
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as refused:
+            parse((TextArguments, TrainingArguments, EDiTConfig), {}, "An example.")
+        assert (text in str(refused.value)) == (rank == "0")
+        assert refused.value.code != 0
 
 
 # -- the other examples, small ----------------------------------------------------------------------------------------
