@@ -99,9 +99,10 @@ def state_of(engine: Engine, model: nn.Module) -> list[Tensor]:
 
 
 def train(
-    rank: int, overlap: str, fault: tuple[str, int] | None, shape: tuple[int, int], **settings: Any
-) -> dict[str, Any]:
-    """A sync every 2 steps (by hand, so that a failed one is not tried again at once); the second one fails."""
+    rank: int, overlap: str, faults: Sequence[tuple[str, int] | None], shape: tuple[int, int], **settings: Any
+) -> list[dict[str, Any]]:
+    """A step and a sync (by hand, so that a failed one is not tried again at once) for each of the faults: with that it
+    fails, with None it does not, and then it is tried again."""
     layout = Layout.split(shape[0] * shape[1], shape[0], rank)
     model = shard(Net(), layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
@@ -129,25 +130,26 @@ def train(
     step(0)
     step(1)
     assert sync() is not None
-    step(2)
-    step(3)
-    before = state_of(engine, model)
-    peers.fault, peers.calls = fault, []
-    if fault is not None and fault[0] != "no":
-        with pytest.raises(RuntimeError, match=f"{fault[0]} failed"):
-            sync()
-    elif fault is not None:
-        assert sync() is None
-    if fault is not None:
+    found = []
+    for number, fault in enumerate(faults):
+        step(2 + number)
+        before = state_of(engine, model)
+        peers.fault, peers.calls = fault, []
+        if fault is not None and fault[0] != "no":
+            with pytest.raises(RuntimeError, match=f"{fault[0]} failed"):
+                sync()
+        elif fault is not None:
+            assert sync() is None
         assert not engine.sync.pending
         for mine, was in zip(state_of(engine, model), before, strict=True):
-            assert torch.equal(mine, was)
-    peers.fault = None
-    assert sync() is not None
-    told = engine.sync.take_records()[-1].plan.tallies
-    params = [part.clone() for unit in engine.units for part in unit.parts()]
-    params += [local_part(state["momentum_buffer"]).clone() for state in optimizer.state.values()]
-    return {"params": params, "calls": peers.calls, "told": told}
+            assert torch.equal(mine, was), fault
+        peers.fault = None
+        assert sync() is not None
+        told = engine.sync.take_records()[-1].plan.tallies
+        params = [part.clone() for unit in engine.units for part in unit.parts()]
+        params += [local_part(state["momentum_buffer"]).clone() for state in optimizer.state.values()]
+        found.append({"params": params, "calls": peers.calls, "told": told})
+    return found
 
 
 ENDS = [("begin", 1), ("gather", 1), ("gathered", 1), ("commit", 1), ("no", 0)]
@@ -166,8 +168,7 @@ def test_a_sync_that_fails_is_as_if_it_had_not_begun(
     world = shape[0] * shape[1]
     settings: dict[str, Any] = dict(compression=compression, fragments=fragments, sync_moments=sync_moments)
     body = functools.partial(train, overlap=overlap, shape=shape, **settings)
-    expected = run_ranks(world, functools.partial(body, fault=None))
-    calls = expected[0]["calls"]
+    calls = run_ranks(world, functools.partial(body, faults=[None]))[0][0]["calls"]
     sums = ["all_reduce"] if compression == "none" else ["all_to_all", "all_gather"]
     num_units = NUM_UNITS // fragments
     counts = dict.fromkeys(sums, num_units)
@@ -177,13 +178,15 @@ def test_a_sync_that_fails_is_as_if_it_had_not_begun(
     once = dict.fromkeys(["begin", "gather", "gathered", "commit"], 1)
     assert {kind: calls.count(kind) for kind in calls} == once | counts
     assert calls[-1] == "commit"
-    for fault in [*ENDS, *((kind, n + 1) for kind, count in counts.items() for n in range(count))]:
-        runs = run_ranks(world, functools.partial(body, fault=fault))
-        for run, other in zip(runs, expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(run["params"], other["params"], strict=True)), fault
-            assert run["told"].keys() == other["told"].keys()
-            counts = [name for name in run["told"] if not name.endswith("_seconds")]
-            assert all(torch.equal(run["told"][name], other["told"][name]) for name in counts), fault
+    faults = [*ENDS, *((kind, n + 1) for kind, count in counts.items() for n in range(count))]
+    expected = run_ranks(world, functools.partial(body, faults=[None] * len(faults)))
+    runs = run_ranks(world, functools.partial(body, faults=faults))
+    for run, other in zip(runs, expected, strict=True):
+        for fault, failed, whole in zip(faults, run, other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(failed["params"], whole["params"], strict=True)), fault
+            assert failed["told"].keys() == whole["told"].keys()
+            names = [name for name in failed["told"] if not name.endswith("_seconds")]
+            assert all(torch.equal(failed["told"][name], whole["told"][name]) for name in names), fault
 
 
 @pytest.mark.parametrize("overlap", ["none", "forward", "delayed"])
