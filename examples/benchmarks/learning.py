@@ -68,6 +68,7 @@ def parse() -> argparse.Namespace:
     size("--warmup", type=int, default=64, help="synchronous steps first, a multiple of tau")
     size("--batch", type=int, default=8, help="sequences of one replica in a step")
     size("--block", type=int, default=64, help="bytes of a sequence")
+    size("--bf16", action="store_true", help="bf16 autocast and torch.compile: for a model that is large for a CPU")
     size("--lora", action="store_true", help="train adapters of --base alone")
     size("--base", type=Path, help="folder of a model to fine-tune; None: a new one is trained")
     size("--save_base", type=Path, help="train one with AdamW on all ranks together, keep it here, run nothing else")
@@ -106,7 +107,7 @@ def main() -> None:
 
 def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs what is not there yet; all results."""
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    settings = {name: getattr(arguments, name) for name in SETTINGS} | ({"bf16": True} if arguments.bf16 else {})
     files = {name: getattr(arguments, name).name for name in ("train_file", "validation_file") if arguments.train_file}
     results = open_results(arguments.json, {**settings, **files})
     for optimizer, method, seed, rate in wanted(arguments, results):
@@ -140,7 +141,7 @@ def make_job(
         train_file=arguments.train_file and str(arguments.train_file.resolve()),
         validation_file=arguments.validation_file and str(arguments.validation_file.resolve()), report="",
         optimizer=optimizer, base=arguments.base and str(arguments.base.resolve()), lora=arguments.lora,
-        save_to=save_to,
+        save_to=save_to, bf16=arguments.bf16,
     )  # fmt: skip
 
 

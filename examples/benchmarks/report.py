@@ -24,6 +24,7 @@ import overhead
 import peers
 import slow_network
 import soak
+import stale
 import stragglers
 import traffic
 import tuning
@@ -55,6 +56,7 @@ def table(name: str) -> str:
         "peers": peers.table,
         "gpu": gpu.table,
         "soak": soak.table,
+        "stale": stale.table,
         "traffic": traffic.table,
         "tuning": tuning.table,
         "overhead": overhead.table,

@@ -78,6 +78,11 @@ class Meeting:
         ]
 
     @property
+    def missed(self) -> list[int]:
+        """How many syncs each member lacks; 0 for one that has none at all, and nothing to tell."""
+        return [self.sync - member.sync if member.sync else 0 for member in self.members]
+
+    @property
     def fresh(self) -> list[int]:
         """Those of the stale that have no inner optimizer's state either."""
         stale = self.stale

@@ -58,7 +58,7 @@ class SyncPlan:
 
 def make_plan(
     table: Tensor, tally_names: Sequence[str], detectors: DetectorState, config: EDiTConfig,
-    fragments: Sequence[int] = (),
+    fragments: Sequence[int] = (), missed: Tensor | None = None,
 ) -> tuple[SyncPlan, DetectorState]:  # fmt: skip
     """The plan of a sync, and the detectors after it (EDiT, Algorithm 2: eliminate and weigh).
 
@@ -69,6 +69,9 @@ def make_plan(
             to say, and its norm of 0 would weigh most.
         fragments: of each unit, where there are several; "fragment_steps_I" is a tally then, the steps since the last
             sync of fragment I.
+        missed: [R] syncs that each replica lacks; None: none does. What it has learnt at an anchor that the others have
+            left weighs 1 / (1 + missed) as much as it would (the polynomial weights of FedAsync, arXiv 1903.03934;
+            examples/benchmarks/stale.py).
     """
     num_units = table.shape[1] - len(tally_names)
     norms = table[:, :num_units].sqrt().T
@@ -94,12 +97,19 @@ def make_plan(
     else:
         weights = share_weights(steps if config.weighting == "steps" else torch.ones_like(steps), passed)
     if "rows" in tallies:  # dealt out by speed: a replica's progress counts as much as it has read
-        weights = weights * (tallies["rows"] if float(tallies["rows"].sum()) > 0 else tallies["share"])
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        weights = _scaled(weights, tallies["rows"] if float(tallies["rows"].sum()) > 0 else tallies["share"])
+    if missed is not None:
+        weights = _scaled(weights, 1.0 / (1.0 + missed))
     unchanged = ~passed.any(dim=1)
     rolled_back = unchanged & anomalous.any(dim=1)
     z = z_score(norms, detectors.mean, detectors.variance)
     return SyncPlan(norms, z, weights, anomalous, restarted, unchanged, rolled_back, tallies, idle), after
+
+
+def _scaled(weights: Tensor, factors: Tensor) -> Tensor:
+    """[U, R] `weights` times the replicas' `factors` [R], of sum 1 again where they are not all 0."""
+    weights = weights * factors
+    return weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.membership import KEPT_COMMITS, Meeting, why_wait
-from hf_edit.peers.faults import Pending, start
+from hf_edit.peers.faults import Pending, leave_cleanly_at_exit, start
 from hf_edit.peers.group import PIECE_BYTES, ProcessGroupPeers
 from hf_edit.peers.layout import Layout, ring_bytes
 from hf_edit.peers.lighthouse import RETRY_SECONDS, Lighthouse, new_group
@@ -79,6 +79,7 @@ class ElasticPeers:
         self._error: str | None = None
         self._said_at = 0.0
         self._timeout_seconds = timeout_seconds
+        leave_cleanly_at_exit()
         self._failing_since: float | None = None  # of those since the last one that was carried out
         self._failures = 0
 

@@ -2,7 +2,8 @@
 
 The others' state as of the last sync (anchors, outer state, detectors) comes to it in the sync itself, before the
 exchange, and is staged like all else: it holds once the sync is committed. So all members step from the same anchor to
-the same new one. What it has learnt since its own last sync it tells as its pseudo-gradient, from its own old anchor.
+the same new one. What it has learnt since its own last sync it tells as its pseudo-gradient, from its own old anchor;
+that weighs the less, the more syncs it lacks.
 A replica without any state gets an inner optimizer's, too; it has nothing to tell, and weighs nothing.
 
 Where a replica cannot know whether the others have committed a sync that failed for it, it keeps what it told; when it
@@ -104,6 +105,8 @@ class Healing:
         meeting = self._peers.meeting
         assert meeting is not None
         run.number = meeting.sync + 1
+        run.missed = torch.zeros(self._peers.num_replicas, dtype=torch.int64)
+        run.missed[meeting.replicas] = torch.tensor(meeting.missed)
         counted = [doubt for doubt in self._doubts if meeting.committed(doubt.key)]
         if counted:
             self._leave_out(run, counted[-1])

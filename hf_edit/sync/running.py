@@ -51,6 +51,7 @@ class Running:
     sent: Tensor = field(default_factory=lambda: torch.empty(0))  # what the exchange tells of this one
     digest: Tensor = field(default_factory=lambda: torch.empty(0))  # of the anchors that it steps from
     healed: Any = None  # what it was sent
+    missed: Tensor | None = None  # [R] int64, syncs that each lacks
     bases: dict[int, Tensor] = field(default_factory=dict)  # where units were whose change since then alone is told
     already_told: Tensor | None = None
     network: Stopwatch | None = None  # runs from when all have come until the last unit is reduced

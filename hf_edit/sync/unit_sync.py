@@ -183,7 +183,7 @@ class OuterSync:
             table = rows.new_zeros(self.peers.num_replicas, rows.shape[1])  # who does not take part did no step
             table[run.members] = rows
             before = (self.detectors if run.healed is None else run.healed.detectors).of(run.units)
-            run.plan, run.detectors = make_plan(table, run.tally_names, before, self.config, run.fragments)
+            run.plan, run.detectors = make_plan(table, run.tally_names, before, self.config, run.fragments, run.missed)
             run.network = Stopwatch(table.device if run.deltas else self.device, self.clock)
             run.network.start()
             if run.deltas:

@@ -100,6 +100,7 @@ class Job:
         base: folder of the model to begin with; None: a new one.
         lora: train adapters of it alone.
         save_to: folder for the model at the end.
+        bf16: bf16 autocast and torch.compile.
     """
 
     method: str
@@ -128,6 +129,7 @@ class Job:
     base: str | None = None
     lora: bool = False
     save_to: str | None = None
+    bf16: bool = False
 
     @property
     def num_units(self) -> int:

@@ -171,6 +171,9 @@ def training_arguments(job: Job, folder: str) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         seed=job.seed,
+        bf16=job.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        torch_compile=job.bf16,
     )
 
 

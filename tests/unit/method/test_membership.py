@@ -30,6 +30,7 @@ def test_who_lacks_a_sync_is_healed_by_the_first_that_has_it() -> None:
     found = meeting(news(0, 4, "a"), news(1, 5, "a", "b"), news(2, 5, "a", "b"), news(3))
     assert found.source.replica == 1
     assert (found.stale, found.fresh) == ([0, 3], [3])
+    assert found.missed == [1, 0, 0, 0], "the last one has nothing to tell"
 
 
 def test_all_take_the_first_ones_initial_parameters() -> None:

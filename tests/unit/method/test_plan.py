@@ -1,4 +1,4 @@
-"""Whom the buffers follow."""
+"""Whom the buffers follow; what weighs how much where replicas were away."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ def test_the_sound_replica_is_one_that_takes_part(
     table = torch.tensor([[norm**2, count] for norm, count in zip(norms, steps, strict=True)], dtype=torch.float64)
     plan, _ = make_plan(table, ["inner_steps"], DetectorState.zeros(1, 3), EDiTConfig())
     assert plan.sound_of(members) == sound
+
+
+def weights(norms: list[float], steps: list[int], missed: list[int] | None) -> list[float]:
+    table = torch.tensor([[norm**2, count] for norm, count in zip(norms, steps, strict=True)], dtype=torch.float64)
+    lacks = None if missed is None else torch.tensor(missed)
+    plan, _ = make_plan(table, ["inner_steps"], DetectorState.zeros(1, len(norms)), EDiTConfig(), missed=lacks)
+    found: list[float] = plan.weights[0].tolist()
+    return found
+
+
+def test_what_was_learnt_at_an_old_anchor_weighs_less() -> None:
+    assert weights([1.0, 1.0, 1.0], [4, 4, 4], [0, 1, 3]) == pytest.approx([4 / 7, 2 / 7, 1 / 7])
+    assert weights([1.0, 2.0], [4, 4], [0, 0]) == pytest.approx(weights([1.0, 2.0], [4, 4], None))
+    assert weights([0.0, 1.0], [0, 4], [0, 3]) == [0.0, 1.0], "who lacks some is all there is"
+    assert weights([torch.inf, torch.inf], [4, 4], [0, 3]) == [0.0, 0.0]

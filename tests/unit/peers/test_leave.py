@@ -9,6 +9,10 @@ import pytest
 import torch.distributed as dist
 
 from hf_edit.peers import faults
+from hf_edit.peers.elastic import ElasticPeers
+from hf_edit.peers.group import ProcessGroupPeers
+from hf_edit.peers.layout import Layout
+from tests.dist.threads import run_ranks
 
 
 @pytest.fixture
@@ -38,3 +42,14 @@ def test_a_failed_process_leaves_at_once(done: list[str], monkeypatch: pytest.Mo
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     faults._leave()
     assert done == []
+
+
+@pytest.mark.parametrize("kind", ["elastic", "group"])
+def test_whoever_trains_with_replicas_leaves_so(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(f"hf_edit.peers.{kind}.leave_cleanly_at_exit", lambda: called.append(kind))
+    if kind == "elastic":
+        ElasticPeers(Layout(2, 1, 0), 30.0, 1.0, 1.0, 1, "127.0.0.1:1")
+    else:
+        run_ranks(2, lambda rank: ProcessGroupPeers(Layout(2, 1, rank), 30.0))
+    assert set(called) == {kind}
