@@ -7,6 +7,7 @@ replica takes the part of another.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -18,6 +19,8 @@ from hf_edit.checkpoint.storage import sync_all_to_disk, sync_to_disk
 
 LAST_WAIT_SECONDS = 10.0  # of a replica that ends, for a checkpoint that another one is about to seal
 LOOK_SECONDS = 0.1
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,10 @@ class LatePart:
             sealed = Manifest.read(self.checkpoint).meeting == self.meeting
         except (OSError, ValueError):  # not written yet, or to its end
             sealed = False
-        if not sealed:
+        target = self.checkpoint / replica_part(self.replica)
+        if not sealed or target.exists():  # it was saved twice behind one sync, and is about to be replaced
             return False
         sync_all_to_disk(self.folder)
-        target = self.checkpoint / replica_part(self.replica)
         try:
             os.replace(self.folder, target)
         except FileNotFoundError:  # it has been deleted since, with all that was in it
@@ -67,5 +70,10 @@ class LatePart:
         while not (brought := self.bring()) and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)
         if not brought:
+            logger.warning(
+                "EDiT: %s was not seen whole here within %.0f s, so replica %d's part of it is not kept; resumed, it "
+                "takes another's. Let all hosts share its folder, or with EDiTTrainer set save_on_each_node=True.",
+                self.checkpoint, LAST_WAIT_SECONDS, self.replica,
+            )  # fmt: skip
             shutil.rmtree(self.place)
         return brought

@@ -227,9 +227,9 @@ class TrainerElastic(_TrainerToBe):
             return
         peers = self._get_peers()
         self._first_replica = None if peers.meeting is None else peers.meeting.replicas[0]
-        if self._part is not None and not self._part.bring_at_last():
-            self._say_once(f"{self._part.checkpoint} is not here, so this replica's part of it is not kept.")
-        self._part = None
+        if self._part is not None:
+            self._part.bring_at_last()
+            self._part = None
         if self._writes_files() and self.args.process_index == 0:
             text = json.dumps({"global_step": self.state.global_step})
             (Path(self.args.output_dir) / ENDED).write_text(text, encoding="utf-8")

@@ -147,7 +147,9 @@ def replica(number: int, fault: str, folder: Path) -> None:
         before = engine.sync.sync_count
         engine.step()
         if engine.sync.sync_count != before:
-            note("synced", sync=engine.sync.sync_count, members=peers.meeting.replicas, steps=steps)
+            records = engine.sync.take_records()
+            weights = records[-1].plan.weights[0].tolist() if records else []
+            note("synced", sync=engine.sync.sync_count, members=peers.meeting.replicas, steps=steps, weights=weights)
     engine.barrier()
     note(
         "ended", sync=engine.sync.sync_count, steps=told + steps, totals=engine.progress.totals,

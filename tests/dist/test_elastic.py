@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import time
@@ -133,7 +134,11 @@ def test_a_stopped_replica_is_left_out_and_goes_on_with_what_it_has(make: Make, 
     replicas.wait_for_syncs(1 - stopped, 4)
     replicas.processes[stopped].send_signal(signal.SIGCONT)
     replicas.wait_for_syncs(stopped, 3)
-    assert replicas.notes("synced", stopped)[-1]["members"] == [0, 1]
+    syncs = replicas.notes("synced", stopped)
+    assert syncs[-1]["members"] == [0, 1]
+    back = next(after for before, after in itertools.pairwise(syncs) if after["sync"] > before["sync"] + 2)
+    assert 0 < back["weights"][stopped] < 0.4, "what it learnt at an anchor that the other one has left weighs less"
+    assert syncs[-1]["weights"][stopped] > 0.4
     check_ends(replicas.finish(), 2)
 
 

@@ -63,6 +63,17 @@ def test_a_checkpoint_of_the_same_name_from_before_gets_none(tmp_path: Path) -> 
     assert Manifest.read(folder).parts == [0]
 
 
+def test_one_that_is_saved_twice_behind_a_sync_is_waited_for(tmp_path: Path) -> None:
+    folder = sealed(tmp_path / "checkpoint-4")
+    assert written(folder, tmp_path / "part").bring()
+    again = written(folder, tmp_path / "part")
+    assert not again.bring(), "its writer is about to begin anew"
+    assert again.folder.is_dir()
+    sealed(folder)
+    assert again.bring()
+    assert Manifest.read(folder).parts == [0, 2]
+
+
 def test_one_that_is_deleted_meanwhile_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sealed(tmp_path / "checkpoint-4")
     part = written(folder, tmp_path / "part")
@@ -71,7 +82,9 @@ def test_one_that_is_deleted_meanwhile_gets_none(tmp_path: Path, monkeypatch: py
     assert not folder.exists()
 
 
-def test_what_came_too_late_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_came_too_late_is_deleted_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(late, "LAST_WAIT_SECONDS", 0.05)
     monkeypatch.setattr(late, "LOOK_SECONDS", 0.01)
     written(tmp_path / "checkpoint-4", tmp_path / "part")
@@ -79,6 +92,8 @@ def test_what_came_too_late_is_deleted(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in (tmp_path / "part" / "edit").iterdir()] == ["replica-1"]
     assert not again.bring_at_last()
     assert not (tmp_path / "part").exists()
+    assert "checkpoint-8 was not seen whole here" in caplog.text
+    assert "replica 1's part of it is not kept" in caplog.text
 
 
 def test_who_ends_waits_for_one_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
