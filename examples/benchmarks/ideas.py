@@ -44,6 +44,9 @@ class Idea:
         moments: of the inner optimizer, that are averaged.
         length: power of (mean length / length of the mean) that the average is multiplied by.
         tau_end: tau at the end, to which it goes in a straight line.
+        squares: of which gradients Adam's second moment is; "mean": of the mean over all replicas, as in synchronous
+            training, which nobody can know without talking in every step; "estimated": of one's own, times what the
+            mean's would be of them, tensor by tensor, from the correlation of a gradient with the first moment before.
     """
 
     muon: bool = False
@@ -60,6 +63,7 @@ class Idea:
     length: float = 0.0
     tau: int = 16
     tau_end: int | None = None
+    squares: str = "own"
 
 
 EDIT = Idea()
@@ -82,6 +86,12 @@ IDEAS = {
     "edit-cooldown": replace(MOMENTS, cooldown=3.0),
     "edit-shrinking": replace(MOMENTS, tau=24, tau_end=8),
     "edit-growing": replace(MOMENTS, tau=8, tau_end=24),
+    "edit-mean-squares": replace(EDIT, follows=1.0, squares="mean"),
+    "edit-estimated-squares": replace(EDIT, follows=1.0, squares="estimated"),
+    "edit-moments-mean-squares": replace(MOMENTS, follows=1.0, squares="mean"),
+    "edit-moments-estimated-squares": replace(MOMENTS, follows=1.0, squares="estimated"),
+    "average": Idea(uniform=True, lr=1.0, momentum=0.0),
+    "average-mean-squares": Idea(uniform=True, lr=1.0, momentum=0.0, squares="mean"),
     "sync-muon": Idea(muon=True, together=True),
     "muon-average": replace(MUON, moments=()),
     "muon-average-moments": MUON,
@@ -185,6 +195,7 @@ class Training:
             self.units.setdefault(str(unit), []).append(name)
         self.syncs, self.cosines, self.rates = 0, list[float](), list[float]()
         self.before: Tensor | None = None
+        self.seen: Tensors = {}
 
     def run(self) -> dict[str, float]:
         """The final loss, and what was seen."""
@@ -240,10 +251,22 @@ class Training:
                 first.lerp_(grad, 0.05)
                 param.add_(orthogonal(grad.lerp(first, 0.95)), alpha=-lr * 0.2 * math.sqrt(max(param.shape[1:])))
                 continue
+            second.mul_(0.95).add_(self.squares(name, grad, first, step), alpha=0.05)
             first.lerp_(grad, 0.1)
-            second.mul_(0.95).addcmul_(grad, grad, value=0.05)
             root = (second / (1 - 0.95 ** (step + 1))).sqrt_().add_(1e-8)
             param.addcdiv_(first / (1 - 0.9 ** (step + 1)), root, value=-lr)
+
+    def squares(self, name: str, grad: Tensor, first: Tensor, step: int) -> Tensor:
+        """What enters Adam's second moment."""
+        if self.idea.squares == "own" or step < self.job.warmup:
+            return grad * grad
+        if self.idea.squares == "mean":
+            return grad.mean(0, keepdim=True).square().expand_as(grad)
+        found = torch.stack([(grad * first).flatten(1).sum(1), grad.flatten(1).square().sum(1)])
+        seen = self.seen.setdefault(name, found.clone())
+        seen.lerp_(found, 0.05)
+        signal = (seen[0] / seen[1]).clamp(0, 1)
+        return grad * grad * along(signal + (1 - signal) / self.job.num_replicas, grad)
 
     def sync(self, step: int, since: int) -> None:
         """Weigh, average, step the anchor."""
