@@ -47,6 +47,8 @@ class Idea:
         squares: of which gradients Adam's second moment is; "mean": of the mean over all replicas, as in synchronous
             training, which nobody can know without talking in every step; "estimated": of one's own, times what the
             mean's would be of them, tensor by tensor, from the correlation of a gradient with the first moment before.
+        local: learning rate of local steps over that of synchronous ones.
+        beta: Muon's momentum.
     """
 
     muon: bool = False
@@ -64,6 +66,8 @@ class Idea:
     tau: int = 16
     tau_end: int | None = None
     squares: str = "own"
+    local: float = 1.0
+    beta: float = 0.95
 
 
 EDIT = Idea()
@@ -86,6 +90,8 @@ IDEAS = {
     "edit-cooldown": replace(MOMENTS, cooldown=3.0),
     "edit-shrinking": replace(MOMENTS, tau=24, tau_end=8),
     "edit-growing": replace(MOMENTS, tau=8, tau_end=24),
+    **{f"edit-local-{by:g}": replace(EDIT, follows=1.0, local=by) for by in (1.0, 1.4, 2.0)},
+    **{f"edit-moments-local-{by:g}": replace(MOMENTS, follows=1.0, local=by) for by in (1.4, 2.0)},
     "edit-mean-squares": replace(EDIT, follows=1.0, squares="mean"),
     "edit-estimated-squares": replace(EDIT, follows=1.0, squares="estimated"),
     "edit-moments-mean-squares": replace(MOMENTS, follows=1.0, squares="mean"),
@@ -95,6 +101,9 @@ IDEAS = {
     "sync-muon": Idea(muon=True, together=True),
     "muon-average": replace(MUON, moments=()),
     "muon-average-moments": MUON,
+    "muon-average-moments-local-1.4": replace(MUON, local=1.4),
+    "muon-average-moments-beta-0.97": replace(MUON, beta=0.97),
+    "muon-average-moments-mean-squares": replace(MUON, squares="mean"),
     "muon-gain-1.2": replace(MUON, lr=1.2),
     "muon-momentum-0.5": replace(MUON, lr=0.8, momentum=0.5),
     "muon-edit": replace(EDIT, muon=True, moments=("first",)),
@@ -113,6 +122,8 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, default=8, help="sequences of one replica in a step")
     add("--steps", type=int, default=640, help="of a training")
     add("--warmup", type=int, default=64, help="synchronous steps first")
+    add("--block", type=int, default=64, help="bytes of a sequence")
+    add("--base", type=Path, help="folder of a model to fine-tune; None: a new one is trained")
     add("--train_file", type=Path, help="text to train on; None: the standard library's sources")
     add("--validation_file", type=Path, help="text to evaluate on; None: some of these sources")
     add("--json", type=Path, metavar="JSONL", help="keep every finished run here; an existing file is continued")
@@ -151,9 +162,10 @@ def make_job(arguments: argparse.Namespace, seed: int, rate: float) -> Job:
     files = {name: getattr(arguments, name) for name in ("train_file", "validation_file")}
     return Job(
         method="", scenario="clean", seed=seed, num_replicas=arguments.replicas, sharded=False, steps=arguments.steps,
-        tau=0, sync_seconds=None, warmup=arguments.warmup, batch=arguments.batch, block=64, hidden_size=64, layers=3,
-        learning_rate=rate, evaluations=1, validation_blocks=512, fault_first=0, fault_steps=0, fault_factor=1.0,
-        report="", **{name: file and str(file) for name, file in files.items()},
+        tau=0, sync_seconds=None, warmup=arguments.warmup, batch=arguments.batch, block=arguments.block,
+        hidden_size=64, layers=3, learning_rate=rate, evaluations=1, validation_blocks=512, fault_first=0,
+        fault_steps=0, fault_factor=1.0, report="", base=arguments.base and str(arguments.base),
+        **{name: file and str(file) for name, file in files.items()},
     )  # fmt: skip
 
 
@@ -203,12 +215,12 @@ class Training:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(job.seed))
         size, since = job.batch * job.num_replicas, 0
         for step in range(job.steps):
-            first = step * size % (len(order) - size)
-            tokens = torch.from_numpy(rows[order[first : first + size].numpy()]).long()
-            self.step(step, tokens.view(self.count, self.batch, -1))
-            if self.count > 1 and step + 1 == job.warmup:
+            if self.count > 1 and step == job.warmup:
                 self.anchor = {name: param[0].clone() for name, param in self.params.items()}
                 self.velocity = {name: torch.zeros_like(tensor) for name, tensor in self.anchor.items()}
+            first = step * size % (len(order) - size)
+            tokens = with_labels(rows[order[first : first + size].numpy()])
+            self.step(step, tokens.view(self.count, self.batch, 2, -1))
             if self.count > 1 and step >= job.warmup:
                 since += 1
                 if since >= self.tau(step) or step == job.steps - 1:
@@ -223,9 +235,10 @@ class Training:
         return round(self.idea.tau + (end - self.idea.tau) * share)
 
     def loss(self, params: Tensors, tokens: Tensor) -> Tensor:
+        tokens, labels = tokens.unbind(1)
         given = dict(input_ids=tokens, use_cache=False, attention_mask=self.mask.expand(len(tokens), -1, -1, -1))
         logits = functional_call(self.model, (params, dict(self.model.named_buffers())), kwargs=given).logits
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
     def rate(self, step: int) -> float:
         warm = max(self.job.steps // 20, 1)
@@ -244,12 +257,15 @@ class Training:
         norms = torch.stack([grad.flatten(1).square().sum(1) for grad in grads.values()]).sum(0).sqrt()
         clip, lr = (1 / (norms + 1e-6)).clamp(max=1.0), self.rate(step)
         self.rates.append(lr)
+        lr *= self.idea.local if step >= self.job.warmup and self.count > 1 else 1.0
         for name, param in self.params.items():
             grad, first, second = grads[name] * along(clip, param), self.first[name], self.second[name]
             param.mul_(1 - lr * 0.1 * (param.ndim > 2))
             if name in self.matrices:
-                first.lerp_(grad, 0.05)
-                param.add_(orthogonal(grad.lerp(first, 0.95)), alpha=-lr * 0.2 * math.sqrt(max(param.shape[1:])))
+                first.lerp_(grad, 1 - self.idea.beta)
+                param.add_(
+                    orthogonal(grad.lerp(first, self.idea.beta)), alpha=-lr * 0.2 * math.sqrt(max(param.shape[1:]))
+                )
                 continue
             second.mul_(0.95).add_(self.squares(name, grad, first, step), alpha=0.05)
             first.lerp_(grad, 0.1)
@@ -319,9 +335,13 @@ class Training:
     def evaluate(self) -> float:
         rows = self.texts[True].spread(self.job.validation_blocks).rows
         params = {name: param[0] for name, param in self.params.items()}
-        return statistics.fmean(
-            float(self.loss(params, torch.from_numpy(part).long())) for part in rows.reshape(8, -1, rows.shape[1])
-        )
+        return statistics.fmean(float(self.loss(params, part)) for part in with_labels(rows).chunk(8))
+
+
+def with_labels(rows: Any) -> Tensor:
+    """Tokens and labels, [..., 2, block]: text is its own."""
+    tokens = torch.from_numpy(rows).long()
+    return tokens if tokens.ndim == 3 else torch.stack([tokens, tokens], 1)
 
 
 def along(values: Tensor, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from hf_edit.peers.group import Peers
 from hf_edit.sync.equality import Buffers, check_agreement, make_replicas_equal
 from hf_edit.sync.fragments import Fragments
 from hf_edit.sync.healing import Healing
+from hf_edit.sync.inner_lr import InnerRate
 from hf_edit.sync.overlap import Blocking, Delayed, Forward, Runner, at_once, beside
 from hf_edit.sync.tuned import Tuning
 from hf_edit.sync.unit_sync import OuterSync
@@ -87,6 +88,7 @@ class Engine:
         self.sync = OuterSync(self.units, peers, peers.inside, config, optimizer, clock)
         self.tallies: dict[str, Any] = dict.fromkeys(TALLIES, 0.0)
         self.tuning = Tuning(config, parts, self.schedule, self.sync)
+        self._inner_rate = InnerRate(optimizer, config.inner_lr_scale, lambda: self.warming_up)
         self._choose_ways(runner)
         if config.sync_interval_end is not None and last_step is None:
             raise ValueError(
@@ -301,12 +303,14 @@ class Engine:
     def close(self) -> None:
         """Training has ended: DDP is left as it was found."""
         release(self._model)
+        self._inner_rate.remove()
         if self.sync.healing is not None:
             self.sync.healing.close()
 
     def abandon(self) -> None:
         """Forgets a sync under way; for a training that was broken off."""
         self._under_way.abandon()
+        self._inner_rate.remove()
 
     def _begin(self, requests: Collection[str], way: Blocking, whole: bool) -> None:
         """Starts a sync: of all units if `whole`, else of those whose turn it is."""

@@ -296,6 +296,36 @@ def test_the_outer_momentum_follows_the_learning_rate(shape: tuple[int, int], se
         assert_same(expected, without, 1e-3)
 
 
+@pytest.mark.parametrize("shape", [(2, 2), (3, 1)])
+@pytest.mark.parametrize("settings", [dict(), dict(delay=2), dict(warmup=4), dict(follow_lr=True)])
+def test_inner_steps_have_a_learning_rate_of_their_own(shape: tuple[int, int], settings: dict[str, Any]) -> None:
+    """Synchronous steps do not, and nobody sees it who looks between two steps."""
+    warmup, delay, follow_lr = settings.get("warmup", 0), settings.get("delay", 0), "follow_lr" in settings
+
+    def lr_at(step: int) -> float:
+        return 0.04 * (1 - step / 20)
+
+    def set_rate(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:
+        assert optimizer.param_groups[0]["lr"] == (lr_at(step - 1) if step else 0.05)
+        optimizer.param_groups[0]["lr"] = lr_at(step)
+
+    def simulated(scale: float) -> dict[str, Tensor]:
+        return simulate(
+            Net, unit_of, mean_loss, lambda params: make_optimizer("sgd", params), num_replicas=shape[0],
+            replica_size=shape[1], steps=11, tau=3, warmup=warmup, delay=delay, follow_lr=follow_lr,
+            lr_at=lambda step: lr_at(step) * (scale if step >= warmup else 1.0),
+        )  # fmt: skip
+
+    config = EDiTConfig(
+        sync_interval=3, warmup_steps=warmup, overlap="delayed" if delay else "forward", delay_steps=delay or 3,
+        momentum_follows_lr=follow_lr, inner_lr_scale=1.5,
+    )  # fmt: skip
+    for run in runs(*shape, config, 11, optimizer="sgd", before_step=set_rate):
+        assert_same(run.params, simulated(1.5), 1e-5)
+    with pytest.raises(AssertionError, match="relative distance"):
+        assert_same(simulated(1.5), simulated(1.0), 1e-2)
+
+
 def test_a_training_without_an_end_has_no_interval_at_it() -> None:
     with pytest.raises(ValueError, match="sync_interval_end=2: a straight line over the steps needs their number"):
         runs(2, 1, EDiTConfig(sync_interval=6, sync_interval_end=2), 2)

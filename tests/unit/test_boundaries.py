@@ -45,6 +45,7 @@ ORDER = [
             "healing",
             "lengths",
             "moments",
+            "inner_lr",
         )
     ),
     "sync.unit_sync",

@@ -42,6 +42,10 @@ def test_the_defaults_are_the_papers_method() -> None:
         (dict(outer_optimizer="adam"), "outer_optimizer='adam': one of 'nesterov', 'sgd', 'none', or a callable"),
         (dict(outer_momentum=1.0), r"outer_momentum=1.0: a number in \[0, 1\)"),
         (dict(outer_lr=0), "outer_lr=0: a number above 0"),
+        (dict(outer_lr=float("inf")), "outer_lr=inf: a finite number is needed"),
+        (dict(inner_lr_scale=-1.0), "inner_lr_scale=-1.0: a number above 0"),
+        (dict(inner_lr_scale=float("inf")), "inner_lr_scale=inf: a finite number is needed"),
+        (dict(heartbeat_seconds=float("inf")), "heartbeat_seconds=inf: a replica that is gone must be noticed"),
         (dict(ema_alpha=0.0), "ema_alpha=0.0"),
         (
             dict(anomaly_threshold=-1.0),

@@ -29,6 +29,13 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "edit-moments-4": (None, {"sync_moments": "both", "sync_moments_every": 4}),
     "edit-follows-lr": (None, {"momentum_follows_lr": True}),
     "edit-moments-follows-lr": (None, {"sync_moments": "both", "momentum_follows_lr": True}),
+    "edit-inner-1.4": (None, {"momentum_follows_lr": True, "inner_lr_scale": 1.4}),
+    "edit-inner-2": (None, {"momentum_follows_lr": True, "inner_lr_scale": 2.0}),
+    "edit-moments-inner-1.4": (
+        None,
+        {"sync_moments": "both", "momentum_follows_lr": True, "inner_lr_scale": 1.4},
+    ),
+    "edit-moments-inner-2": (None, {"sync_moments": "both", "momentum_follows_lr": True, "inner_lr_scale": 2.0}),
     "edit-delayed-moments-follows-lr": (
         None,
         {"sync_moments": "both", "momentum_follows_lr": True, "overlap": "delayed"},
