@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lib.arguments import add_files, parse_with_files
 from lib.bench import exit_on_signals, worker_environment
 from lib.convergence_job import BY_TIME, METHODS, SCENARIOS, SYNCHRONOUS, Job, applies, default_methods, fault_steps
 from lib.convergence_report import draw, runs_of, tables
@@ -50,20 +51,10 @@ def parse() -> argparse.Namespace:
     _add_choices(parser)
     _add_sizes(parser)
     _add_faults(parser)
-    files = parser.add_argument_group("files")
-    files.add_argument("--train_file", type=Path, help="text to train on; None: the standard library's sources")
-    files.add_argument("--validation_file", type=Path, help="text to evaluate on; None: some of these sources")
-    files.add_argument(
-        "--json", type=Path, metavar="JSONL", help="keep every finished run here; an existing file is continued"
-    )
-    files.add_argument("--png", type=Path, help="plot validation losses here")
-    files.add_argument("--table", type=Path, metavar="JSONL", help="print the tables of this file, run nothing")
-    arguments = parser.parse_args()
-    if (arguments.train_file is None) != (arguments.validation_file is None):
-        parser.error("--train_file and --validation_file go together: text for training must not be evaluated on.")
-    if arguments.quick:
-        parser.set_defaults(**QUICK)
-        arguments = parser.parse_args()  # what is given holds all the same
+    files = parser.add_argument_group("files").add_argument
+    add_files(files)
+    files("--png", type=Path, help="plot validation losses here")
+    arguments = parse_with_files(parser, QUICK)
     if arguments.rate and (arguments.replicas * arguments.ranks_per_replica) % NUM_HOSTS:
         parser.error(f"--rate: {NUM_HOSTS} hosts share the ranks; their number must be a multiple of it.")
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lib.arguments import add_files, parse_with_files
 from lib.bench import markdown_table
 from lib.convergence_job import Job
 from lib.results import add_run, open_results, read_results
@@ -124,14 +125,8 @@ def parse() -> argparse.Namespace:
     add("--warmup", type=int, default=64, help="synchronous steps first")
     add("--block", type=int, default=64, help="bytes of a sequence")
     add("--base", type=Path, help="folder of a model to fine-tune; None: a new one is trained")
-    add("--train_file", type=Path, help="text to train on; None: the standard library's sources")
-    add("--validation_file", type=Path, help="text to evaluate on; None: some of these sources")
-    add("--json", type=Path, metavar="JSONL", help="keep every finished run here; an existing file is continued")
-    add("--table", type=Path, metavar="JSONL", help="print the table of this file, run nothing")
-    arguments = parser.parse_args()
-    if (arguments.train_file is None) != (arguments.validation_file is None):
-        parser.error("--train_file and --validation_file go together: text for training must not be evaluated on.")
-    return arguments
+    add_files(add)
+    return parse_with_files(parser)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from convergence import train
+from lib.arguments import add_files, parse_with_files
 from lib.bench import exit_on_signals, markdown_table, subplots
 from lib.convergence_job import METHODS, Job
 from lib.results import add_run, open_results, read_results
@@ -73,17 +74,9 @@ def parse() -> argparse.Namespace:
     size("--base", type=Path, help="folder of a model to fine-tune; None: a new one is trained")
     size("--save_base", type=Path, help="train one with AdamW on all ranks together, keep it here, run nothing else")
     files = parser.add_argument_group("files").add_argument
-    files("--train_file", type=Path, help="text to train on; None: the standard library's sources")
-    files("--validation_file", type=Path, help="text to evaluate on; None: some of these sources")
-    files("--json", type=Path, metavar="JSONL", help="keep every finished run here; an existing file is continued")
+    add_files(files)
     files("--png", type=Path, help="plot the losses over the learning rates here")
-    files("--table", type=Path, metavar="JSONL", help="print the table of this file, run nothing")
-    arguments = parser.parse_args()
-    if (arguments.train_file is None) != (arguments.validation_file is None):
-        parser.error("--train_file and --validation_file go together: text for training must not be evaluated on.")
-    if arguments.quick:
-        parser.set_defaults(**QUICK)
-        arguments = parser.parse_args()  # what is given holds all the same
+    arguments = parse_with_files(parser, QUICK)
     arguments.rate = None
     return arguments
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lib.arguments import add_files, parse_with_files
 from lib.bench import exit_on_signals, markdown_table
 from lib.hosts import Hosts, unavailable
 from lib.results import add_run, open_results, read_results
@@ -59,11 +60,8 @@ def parse() -> argparse.Namespace:
     add("--layers", type=int, default=2, help="transformer blocks")
     add("--learning_rate", type=float, default=3e-3, help="of AdamW")
     add("--timeout", type=float, default=1800.0, help="seconds that a run may take")
-    add("--train_file", type=Path, help="text to train on; None: the standard library's sources")
-    add("--validation_file", type=Path, help="text to evaluate on; None: some of these sources")
-    add("--json", type=Path, metavar="JSONL", help="keep every finished run here; an existing file is continued")
-    add("--table", type=Path, metavar="JSONL", help="print the table of this file, run nothing")
-    return parser.parse_args()
+    add_files(add)
+    return parse_with_files(parser)
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from lib.arguments import add_files, parse_with_files
 from lib.bench import markdown_table
 from lib.results import add_run, open_results, read_results
 from torch import Tensor
@@ -53,11 +53,8 @@ def parse() -> argparse.Namespace:
     add("--hidden_size", type=int, default=32, help="width of the model")
     add("--layers", type=int, default=2, help="transformer blocks")
     add("--learning_rate", type=float, default=3e-3, help="of AdamW")
-    add("--train_file", type=Path, help="text to train on; None: the standard library's sources")
-    add("--validation_file", type=Path, help="text to evaluate on; None: some of these sources")
-    add("--json", type=Path, metavar="JSONL", help="keep every finished run here; an existing file is continued")
-    add("--table", type=Path, metavar="JSONL", help="print the table of this file, run nothing")
-    return parser.parse_args()
+    add_files(add)
+    return parse_with_files(parser)
 
 
 def main() -> None:
