@@ -73,8 +73,8 @@ class EDiTConfig:
     )
     inner_lr_scale: float = _knob(
         1.0,
-        "Learning rate of inner steps over the schedule's, which synchronous ones take. AdamW's averages bear a higher "
-        "one than a single replica does: 1.4 is a good value for two replicas and more, 2 for sixteen.",
+        "Learning rate of inner steps over the schedule's, which synchronous steps take. With AdamW, and behind some "
+        "synchronous steps (edit_warmup_steps), replicas learn more at 1.4; without such steps they learn less.",
     )
     outer_optimizer: str = _knob(
         "nesterov",

@@ -136,6 +136,8 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     settings = {name: getattr(arguments, name) for name in ("replicas", "batch", "steps", "warmup")}
+    if (arguments.block, arguments.base) != (64, None):
+        settings |= {"block": arguments.block, "base": arguments.base and arguments.base.name}
     results = open_results(arguments.json, settings)
     for seed in arguments.seeds:
         for name in arguments.ideas:

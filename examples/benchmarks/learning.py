@@ -30,6 +30,7 @@ from lib.convergence_job import METHODS, Job
 from lib.results import add_run, open_results, read_results
 
 RATES = {"adamw": [2e-3, 3e-3, 4.5e-3], "muon": [8e-3, 12e-3, 18e-3]}
+EXCHANGE_STEPS = 5  # that an exchange of all gradients takes in the table: at 100 Mbit/s in slow_network.py it is 5.5
 DEFAULT_METHODS = ["sync", "post-local-sgd", "edit", "edit-moments"]
 SETTINGS = (
     "replicas",
@@ -184,15 +185,25 @@ def table(results: dict[str, Any]) -> str:
             rates = sorted({run["learning_rate"] for run in runs_of(results, optimizer, method)})
             best = best_rate(results, optimizer, method)
             shown = ", ".join(f"**{rate:g}**" if rate == best else f"{rate:g}" for rate in rates)
-            sent = runs_of(results, optimizer, method, best)[0]["bytes_of_a_sync"]
+            sent = exchanges(runs_of(results, optimizer, method, best)[0], results["settings"])
+            steps = results["settings"]["steps"]
             rows.append([
                 optimizer, method, shown, f"{statistics.fmean(losses.values()):.4f}", len(losses),
                 f"{max(losses.values()) - min(losses.values()):.4f}", over(losses, reference), over(losses, adamw),
-                f"{sent / 1e6:.2f} MB" if sent else "",
+                f"{sent:.0f}", f"{(steps + EXCHANGE_STEPS * sent) / (steps + EXCHANGE_STEPS * steps):.2f}",
             ])  # fmt: skip
     heading = ["optimizer", "method", "learning rates (best)", "validation loss", "seeds", "spread",
-               "over sync, same optimizer", "over sync, AdamW", "a rank sends in a sync"]  # fmt: skip
+               "over sync, same optimizer", "over sync, AdamW", "exchanges", "time, over sync"]  # fmt: skip
     return markdown_table(heading, rows)
+
+
+def exchanges(run: dict[str, Any], settings: dict[str, Any]) -> float:
+    """What a rank sends in a training, in exchanges of all gradients, as each synchronous step is one."""
+    if run["method"] == "sync":
+        return float(settings["steps"])
+    replicas = settings["replicas"]
+    gradients = 4 * run["parameters"] / settings["ranks_per_replica"] * 2 * (replicas - 1) / replicas
+    return float(settings["warmup"] + run["syncs"] * run["bytes_of_a_sync"] / gradients)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
