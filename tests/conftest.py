@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +16,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # several ranks share few cores
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks for the groups in this hook, too
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`: launches, which share processes, beside all other tests."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            launched = Path(__file__).parent / "launch" in item.path.parents
-            item.add_marker(pytest.mark.xdist_group("launch" if launched else "others"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2` one process runs the launches, which share processes and often wait, and one all other tests."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Layers(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "launch" if nodeid.startswith("tests/launch/") else "others"
+
+    return Layers(config, log)

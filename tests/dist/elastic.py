@@ -183,8 +183,8 @@ class Replicas:
             self.start(number)
 
     def notes(self, what: str | None = None, number: int | None = None) -> list[dict[str, Any]]:
-        """In the order of time."""
-        lines = [line for path in self.folder.glob("replica-*.jsonl") for line in path.read_text().splitlines()]
+        """In the order of time, but for one that is just being written."""
+        lines = [line for path in self.folder.glob("replica-*.jsonl") for line in path.read_text().split("\n")[:-1]]
         found = sorted(map(json.loads, lines), key=lambda note: note["at"])
         return [n for n in found if what in (None, n["what"]) and number in (None, n["replica"])]
 
