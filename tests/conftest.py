@@ -22,8 +22,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     class Layers(LoadScopeScheduling):
-        # Overridden as xdist's own schedulers do (3.8); its groups (--dist loadgroup) have no effect with pytest 9.2. If
-        # it moves, tests are dealt out file by file.
+        # Overridden as xdist's own schedulers do (3.8), whose groups have no effect with pytest 9.2. If it moves, tests
+        # are dealt out module by module.
         def _split_scope(self, nodeid: str) -> str:
             return "launch" if nodeid.startswith("tests/launch/") else "others"
 
