@@ -19,22 +19,25 @@ class InnerRate:
 
     def __init__(self, optimizer: Any, scale: float, synchronous: Callable[[], bool]) -> None:
         self._scale, self._synchronous = scale, synchronous
-        self._before: list[Any] = []
-        torchs = getattr(optimizer, "optimizer", optimizer)
+        self._before: list[tuple[dict[str, Any], Any]] = []  # groups and their own rates, while an inner step is taken
         self._hooks = []
         if scale != 1.0:
+            torchs = getattr(optimizer, "optimizer", optimizer)
             self._hooks = [torchs.register_step_pre_hook(self._scaled), torchs.register_step_post_hook(self._as_before)]
 
     def _scaled(self, optimizer: Any, *_: Any) -> None:
-        self._before = [group["lr"] for group in optimizer.param_groups]
         if not self._synchronous():
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self._scale  # a new tensor, if it is one
+            self._before = [(group, group["lr"]) for group in optimizer.param_groups]
+            for group, rate in self._before:
+                group["lr"] = rate * self._scale  # a new tensor, if it is one
 
-    def _as_before(self, optimizer: Any, *_: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, self._before, strict=True):
+    def _as_before(self, *_: Any) -> None:
+        for group, rate in self._before:
             group["lr"] = rate
+        self._before = []
 
     def remove(self) -> None:
+        """The optimizer is as it was, also if a step was broken off."""
+        self._as_before()
         for hook in self._hooks:
             hook.remove()

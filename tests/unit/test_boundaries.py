@@ -235,3 +235,9 @@ def test_the_parts_of_the_trainer_share_few_attributes() -> None:
 def test_a_shared_attribute_is_seen() -> None:
     one, other = "class A:\n def f(self):\n  self.x = self.y = 1", "class B:\n def g(self):\n  return self.x"
     assert shared([one, other]) == {"x"}
+
+
+def test_xdists_schedulers_still_ask_where_a_test_belongs() -> None:
+    """Else tests/conftest.py deals tests out in another way, unnoticed."""
+    scheduler = pytest.importorskip("xdist.scheduler").LoadScopeScheduling
+    assert "_split_scope" in vars(scheduler)

@@ -49,6 +49,20 @@ def test_a_scheduler_that_goes_by_the_last_rate_is_not_misled() -> None:
         scheduler.step()
 
 
+def test_a_step_that_is_broken_off_leaves_no_other_rate_behind() -> None:
+    class Failing(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            raise torch.OutOfMemoryError
+
+    optimizer = Failing([nn.Parameter(torch.tensor(0.0))], lr=0.5)
+    inner = InnerRate(optimizer, 2.0, lambda: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 1.0, "the case is none"
+    inner.remove()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_without_a_factor_there_is_no_hook() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.tensor(0.0))], lr=1.0)
     InnerRate(optimizer, 1.0, lambda: False)
