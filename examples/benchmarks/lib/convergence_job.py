@@ -36,6 +36,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
         {"sync_moments": "both", "momentum_follows_lr": True, "inner_lr_scale": 1.4},
     ),
     "edit-moments-inner-2": (None, {"sync_moments": "both", "momentum_follows_lr": True, "inner_lr_scale": 2.0}),
+    "edit-delayed-follows-lr": (None, {"overlap": "delayed", "momentum_follows_lr": True}),
     "edit-delayed-moments-follows-lr": (
         None,
         {"sync_moments": "both", "momentum_follows_lr": True, "overlap": "delayed"},
