@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from hf_edit.bounds import check
 
 CONFIG_ENV_VAR = "EDIT_CONFIG"
 
@@ -194,129 +195,7 @@ class EDiTConfig:
     def __post_init__(self) -> None:
         if self.tune is False:  # what YAML makes of off
             object.__setattr__(self, "tune", "off")
-        self._check_triggers()
-        for name in (
-            "num_replicas",
-            "min_replicas",
-            "max_consecutive_anomalies",
-            "max_consecutive_spikes",
-            "delay_steps",
-            "fragments",
-            "units_in_flight",
-            "sync_moments_every",
-        ):
-            value = getattr(self, name)
-            if value is not None and not _is_int(value, at_least=1):
-                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
-        for name in ("edit_warmup_steps", "ema_warmup_syncs", "outer_warmup_syncs"):
-            if not _is_int(getattr(self, name), at_least=0):
-                raise ValueError(f"{name}={getattr(self, name)!r}: a whole number of at least 0 is needed.")
-        for name in ("anomaly_threshold", "softmax_temperature", "max_pseudo_grad_norm", "outer_lr", "inner_lr_scale",
-                     "sync_timeout_seconds", "loss_spike_threshold", "heartbeat_seconds",
-                     "straggler_seconds"):  # fmt: skip
-            value = getattr(self, name)
-            if value is None and name in ("anomaly_threshold", "max_pseudo_grad_norm"):
-                continue
-            if not _is_number(value) or not value > 0:
-                raise ValueError(f"{name}={value!r}: a number above 0 is needed{_OFF_HINTS.get(name, '')}.")
-            if value == math.inf and name in _FINITE:
-                raise ValueError(f"{name}=inf: {_FINITE[name]}.")
-        if not _is_number(self.outer_momentum) or not 0 <= self.outer_momentum < 1:
-            raise ValueError(f"outer_momentum={self.outer_momentum!r}: a number in [0, 1) is needed.")
-        if not _is_number(self.ema_alpha) or not 0 < self.ema_alpha <= 1:
-            raise ValueError(f"ema_alpha={self.ema_alpha!r}: a number in (0, 1] is needed.")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices and not (name == "outer_optimizer" and callable(value)):
-                also = ", or a callable params -> torch.optim.Optimizer" if name == "outer_optimizer" else ""
-                raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, choices))}{also} is needed.")
-        self._check_companions()
-
-    def _check_companions(self) -> None:
-        for name in ("balance", "elastic", "momentum_follows_lr", "offload_outer_state"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: true or false is needed.")
-        if self.tune != "off" and (self.overlap != "delayed" or self.sync_seconds is not None):
-            raise ValueError(
-                f"tune={self.tune!r} with overlap={self.overlap!r}, sync_seconds={self.sync_seconds}: it looks for an "
-                "interval in steps that hides delayed syncs. Set overlap='delayed' and leave out sync_seconds."
-            )
-
-        if self.balance and self.sync_seconds is not None:
-            raise ValueError(
-                f"balance=True and sync_seconds={self.sync_seconds}: the one gives slow replicas fewer rows, the other "
-                "fewer steps. Leave one of them out."
-            )
-
-        if self.elastic:
-            self._check_elastic()
-
-    def _check_elastic(self) -> None:
-        """What couples replicas, or needs all of them at one moment, cannot be had where each may be away."""
-        if self.num_replicas is None or self.num_replicas < 2 or self.min_replicas > self.num_replicas:
-            raise ValueError(
-                f"elastic=True with num_replicas={self.num_replicas}, min_replicas={self.min_replicas}: each launch is "
-                "one replica and must be told of how many it is. Set num_replicas to at least 2, and min_replicas to "
-                "at most that."
-            )
-        if self.overlap == "forward":
-            raise ValueError(
-                'elastic=True with overlap="forward": it writes unit by unit, and a sync that fails halfway could not '
-                'be taken back. Set overlap="delayed", or "none".'
-            )
-        wrong = {
-            "edit_warmup_steps": self.edit_warmup_steps > 0, "fragments": self.fragments > 1, "balance": self.balance,
-            "tune": self.tune != "off", "outer_optimizer": callable(self.outer_optimizer),
-        }  # fmt: skip
-        for name in (name for name, given in wrong.items() if given):
-            raise ValueError(
-                f"elastic=True with {name}={getattr(self, name)!r}, which counts on all replicas being here, or on "
-                f"state that cannot be sent. Leave {name} out."
-            )
-
-    def _check_triggers(self) -> None:
-        if not _is_int(self.sync_interval, at_least=1):
-            raise ValueError(
-                f"sync_interval={self.sync_interval!r}: replicas need a whole number of at least 1 inner steps between "
-                "syncs. Give sync_interval=1 to sync after every step."
-            )
-        if self.sync_interval_end is not None:
-            self._check_interval_end(self.sync_interval_end)
-        if self.sync_seconds is None:
-            parts = self.fragments if _is_int(self.fragments, at_least=1) else 1
-            if self.sync_interval % parts:
-                raise ValueError(
-                    f"fragments={parts} does not divide sync_interval={self.sync_interval}: a fragment is synced every "
-                    f"sync_interval / fragments inner steps. Set sync_interval to a multiple of {parts}."
-                )
-            steps = self.sync_interval // parts
-            if self.overlap == "delayed" and _is_int(self.delay_steps, at_least=steps + 1):
-                share = "" if parts == 1 else f" / fragments={parts} = {steps}"
-                raise ValueError(
-                    f"delay_steps={self.delay_steps}, but a sync begins every sync_interval={self.sync_interval}"
-                    f"{share} inner steps: a delayed one must be applied by then. Set delay_steps to at most {steps}."
-                )
-            return
-        if not _is_number(self.sync_seconds) or not 0 < self.sync_seconds < math.inf:
-            raise ValueError(f"sync_seconds={self.sync_seconds!r}: a number of seconds above 0 is needed.")
-        if self.sync_interval != type(self).sync_interval:
-            raise ValueError(
-                f"sync_interval={self.sync_interval} and sync_seconds={self.sync_seconds} are both set, but a sync has "
-                "one trigger. Leave out sync_seconds to sync by steps, or sync_interval to sync by time (A-EDiT)."
-            )
-
-    def _check_interval_end(self, end: int) -> None:
-        least = self.delay_steps * self.fragments if self.overlap == "delayed" else self.fragments
-        if not _is_int(end, at_least=1) or end < least:
-            raise ValueError(
-                f"sync_interval_end={end!r}: a whole number of at least {least} is needed (fragments, times delay_steps"
-                " of delayed syncs)."
-            )
-        if self.sync_seconds is not None or self.tune == "auto":
-            raise ValueError(
-                f"sync_interval_end={end} with sync_seconds={self.sync_seconds}, tune={self.tune!r}: the interval has "
-                "one master. Leave the others out."
-            )
+        check(self)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> EDiTConfig:
@@ -391,35 +270,6 @@ def _accept_warmup_steps(init: Callable[..., None]) -> Callable[..., None]:
 
 
 EDiTConfig.__init__ = _accept_warmup_steps(EDiTConfig.__init__)  # type: ignore[method-assign]
-
-_CHOICES = {
-    "outer_optimizer": ("nesterov", "sgd", "none"),
-    "weighting": ("norm", "relative", "uniform", "steps"),
-    "averaging": ("mean", "length"),
-    "sync_moments": ("none", "first", "both"),
-    "overlap": ("none", "forward", "delayed"),
-    "compression": ("none", "bf16", "int8", "int4"),
-    "tune": ("off", "advise", "auto"),
-    "on_loss_spike": ("log", "skip", "rollback", "stop"),
-}
-_FINITE = {
-    "sync_timeout_seconds": "a replica that never comes must be noticed; give an end to it",
-    "heartbeat_seconds": "a replica that is gone must be noticed; give an end to it",
-    "outer_lr": "a finite number is needed",
-    "inner_lr_scale": "a finite number is needed",
-}
-_OFF_HINTS = {
-    "anomaly_threshold": ", or None to turn the z-test off",
-    "max_pseudo_grad_norm": ", or None to turn clipping off",
-}
-
-
-def _is_int(value: Any, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _read_mapping(path: Path) -> Any:

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "hf_edit"
 
 # The house from the ground up: a file may import only files that stand before it in this list.
 ORDER = [
+    "bounds",
     "config",
     *(
         f"method.{name}"

@@ -31,7 +31,7 @@ def test_the_defaults_are_the_papers_method() -> None:
     [
         (
             dict(sync_interval=0),
-            "sync_interval=0: replicas need a whole number of at least 1 inner steps between syncs",
+            "sync_interval=0: a whole number of at least 1 is needed: inner steps between syncs; 1 to sync after each",
         ),
         (dict(sync_interval=2.5), "sync_interval=2.5"),
         (dict(sync_interval=8, sync_seconds=60.0), "sync_interval=8 and sync_seconds=60.0 are both set"),
@@ -88,6 +88,19 @@ def test_the_defaults_are_the_papers_method() -> None:
 def test_wrong_values_are_refused(settings: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         EDiTConfig(**settings)
+
+
+OPTIONAL = ("num_replicas", "sync_interval_end", "sync_seconds", "anomaly_threshold", "max_pseudo_grad_norm")
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(EDiTConfig)])
+@pytest.mark.parametrize("value", [None, "many", [2], float("nan"), -1, 2.5j])
+@pytest.mark.parametrize("others", [{}, {"overlap": "delayed"}, {"sync_interval_end": 64}], ids=str)
+def test_every_setting_refuses_what_it_cannot_be(name: str, value: object, others: dict[str, object]) -> None:
+    if value is None and name in OPTIONAL:
+        return
+    with pytest.raises(ValueError, match=rf"\b{name}="):
+        EDiTConfig(**{**others, name: value})
 
 
 def test_it_is_frozen_and_keyword_only() -> None:
