@@ -26,9 +26,9 @@ from hf_edit.checkpoint.manifest import EDIT_FOLDER, Manifest, host_part, replic
 from hf_edit.checkpoint.storage import read, saved_tensors, sync_to_disk, write
 from hf_edit.checkpoint.tensors import Owners, ReplicaRanks, pack, templates, unpack
 from hf_edit.config import EDiTConfig
-from hf_edit.method.schedule import GlobalProgress
 from hf_edit.peers.layout import Layout
-from hf_edit.sync.engine import TALLIES, Engine
+from hf_edit.sync.counts import TALLIES
+from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import named_tensors
 
 
@@ -74,7 +74,7 @@ def save(folder: Path, training: Training, step: int, host: dict[str, Any], *, w
         write(shared, folder / EDIT_FOLDER / "outer", training.group)
     rank = dict(host["rank"])
     if engine is not None:
-        rank["tallies"] = {name: float(value) for name, value in engine.tallies.items()}
+        rank["tallies"] = {name: float(value) for name, value in engine.counts.tallies.items()}
         rank["progress"] = asdict(engine.progress)
     tensors, rest = pack(training.optimizer, _owners(training.optimizer, training.model), training.ranks)
     if engine is not None:
@@ -186,7 +186,7 @@ def counters(engine: Engine) -> dict[str, Any]:
     """Where this rank is in the schedule, and its counts since the last sync."""
     schedule = engine.schedule
     return {
-        **{name: float(value) for name, value in engine.tallies.items()},
+        **{name: float(value) for name, value in engine.counts.tallies.items()},
         "step": schedule.step,
         "inner_steps": schedule.inner_steps,
         "interval_steps": schedule.interval_steps,
@@ -198,7 +198,7 @@ def counters(engine: Engine) -> dict[str, Any]:
 
 
 def load_counters(engine: Engine, counters: dict[str, Any]) -> None:
-    engine.tallies = {name: counters.get(name, 0.0) for name in TALLIES}
+    engine.counts.tallies = {name: counters.get(name, 0.0) for name in TALLIES}
     engine.schedule.step, engine.schedule.interval_steps = int(counters["step"]), int(counters["interval_steps"])
     engine.schedule.inner_steps = int(counters["inner_steps"])
     engine.sync.sync_count, engine.sync.whole = int(counters["sync_count"]), bool(counters["whole"])
@@ -209,8 +209,8 @@ def load_counters(engine: Engine, counters: dict[str, Any]) -> None:
 
 def load_rank(engine: Engine, state: dict[str, Any]) -> None:
     """This rank's counts at the time of the checkpoint, as `save` has put them into `host["rank"]`."""
-    engine.tallies.update(state["tallies"])
-    engine.progress = GlobalProgress(**state["progress"])
+    engine.counts.tallies.update(state["tallies"])
+    engine.progress.__dict__.update(state["progress"])
     engine.set_interval()
 
 

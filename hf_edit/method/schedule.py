@@ -39,11 +39,22 @@ class SyncSchedule:
 
     def __post_init__(self) -> None:
         self._timed_from = self.clock()
+        self.go_on_at(self.step)
+
+    def go_on_at(self, step: int) -> None:
+        """The training goes on behind its optimizer step number `step`."""
+        self.step = self._first_step = step
+        self._begun_at = self.clock()
 
     @property
     def warming_up(self) -> bool:
         """True if the next optimizer step is a synchronous one."""
         return self.step < self.warmup_steps
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a step, in the mean of all since the training went on, with what lay between them."""
+        return (self.clock() - self._begun_at) / max(1, self.step - self._first_step)
 
     def advance(self, skipped: bool = False) -> bool:
         """Counts one optimizer step that was taken, or `skipped`; True if a sync is due now."""

@@ -13,24 +13,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_edit.config import EDiTConfig
-from hf_edit.method.conductor import REQUESTS
 from hf_edit.method.schedule import GlobalProgress, SyncSchedule, interval_at
 from hf_edit.peers.elastic import ElasticPeers
 from hf_edit.peers.group import Peers
+from hf_edit.sync.counts import Counts
 from hf_edit.sync.equality import Buffers, check_agreement, make_replicas_equal
 from hf_edit.sync.fragments import Fragments
 from hf_edit.sync.healing import Healing
 from hf_edit.sync.inner_lr import InnerRate
-from hf_edit.sync.overlap import Blocking, Delayed, Forward, Runner, at_once, beside
+from hf_edit.sync.overlap import Runner, beside
+from hf_edit.sync.rounds import Rounds
 from hf_edit.sync.tuned import Tuning
 from hf_edit.sync.unit_sync import OuterSync
 from hf_edit.sync.units import find_units, is_compiled, keep_gradients_local, release, start_averaging_gradients
 
-# What every rank counts between two syncs over its own micro-batches, so that the sum over the replica's ranks is the
-# replica's: training loss, tokens (for the throughput), tokens as the Trainer counts them, floating point operations.
-# The learning rate is summed over inner steps, where the outer momentum follows it.
-TALLIES = ("loss", "tokens", "input_tokens", "flos", "learning_rate")
-SHARED_PROGRESS = ("confirmed", "recent", "totals", "at_apply", "furthest")  # equal on all replicas
 # A replica whose training has ended waits for that many of its own intervals until all others come to their next sync.
 PATIENCE_INTERVALS = 10
 
@@ -76,62 +72,38 @@ class Engine:
         self.peers = peers
         self._model = model
         self._optimizer = optimizer
-        self._on_begin = on_begin
-        self._on_heal, self._on_healed = on_heal, on_healed
         check_agreement(model, config, peers)
         self.units = find_units(model)
         self.fragments = Fragments(self.units, parts := config.fragments)
         seconds = None if config.sync_seconds is None else config.sync_seconds / parts
-        self.schedule = SyncSchedule(config.sync_interval // parts, seconds, config.warmup_steps, clock)
-        self.schedule.step = first_step
+        self.schedule = SyncSchedule(config.sync_interval // parts, seconds, config.warmup_steps, clock, first_step)
         self.progress = GlobalProgress(peers.replica, confirmed=float(first_step))
         self.sync = OuterSync(self.units, peers, peers.inside, config, optimizer, clock)
-        self.tallies: dict[str, Any] = dict.fromkeys(TALLIES, 0.0)
+        self.counts = Counts(self.schedule, self.progress, self.fragments, peers.inside.size)
         self.tuning = Tuning(config, parts, self.schedule, self.sync)
         self._inner_rate = InnerRate(optimizer, config.inner_lr_scale, lambda: self.warming_up)
-        self._choose_ways(runner)
-        if config.sync_interval_end is not None and last_step is None:
-            raise ValueError(
-                f"sync_interval_end={config.sync_interval_end}: a straight line over the steps needs their number, "
-                "which a loop of one's own does not tell. Leave it out, or use EDiTTrainer."
-            )
         self._last_step = last_step
         self.set_interval()
-        self._first_step = first_step
-        self._clock = clock
-        self._started_at = clock()
-        self._all_arrived = False
         if self.by_time or self._delay_steps or config.elastic:
             peers.make_host_groups()
         if not isinstance(peers, ElasticPeers):
             make_replicas_equal(model, peers)
-        self._buffers = Buffers(model, peers)
+        buffers = Buffers(model, peers)
+        self._rounds = Rounds(
+            config, self.sync, self.counts, self.tuning, buffers, hooks=not is_compiled(model), runner=runner,
+            on_begin=on_begin, on_heal=on_heal, on_healed=on_healed,
+        )  # fmt: skip
         if isinstance(peers, ElasticPeers):
-            self.sync.healing = Healing(self.sync, optimizer, self._buffers, peers, self._tell_progress)
+            self.sync.healing = Healing(self.sync, optimizer, buffers, peers, self._rounds.progress_to_share)
         if self.schedule.warming_up:
             start_averaging_gradients(model, peers.average)
         else:
             self._end_warmup()
 
-    def _choose_ways(self, runner: Runner[bool]) -> None:
-        """How a sync that is due is carried out, and one that makes all equal at once."""
-        self._way = self._under_way = self._blocking = Blocking(self.sync)
-        if self._delay_steps:
-            self._way = Delayed(self.sync, runner)
-            if self.sync.device.type == "cuda" or self.config.elastic:
-                # A replica that is at a sync of all may meet others there that begin a delayed one: through the same
-                # process group, that of host memory.
-                self._under_way = self._blocking = Delayed(self.sync, at_once)
-        elif self.config.elastic:  # in host memory, as what a replica lacks is sent from there
-            self._way = self._under_way = self._blocking = Delayed(self.sync, at_once)
-        elif self.config.overlap == "forward" and not is_compiled(self._model):
-            # Hooks that come and go would have a compiled model traced anew for every sync.
-            self._way = Forward(self.sync)
-
     def _end_warmup(self) -> None:
         keep_gradients_local(self._model)
         self.sync.take_anchors()
-        self.tallies.update(loss=0.0, tokens=0.0)  # of the interval that begins; the others are totals
+        self.counts.end_warmup()
 
     @property
     def warming_up(self) -> bool:
@@ -142,13 +114,6 @@ class Engine:
     def replicas_equal(self) -> bool:
         """True if nothing was learnt since the last finished sync of all units, or in warm-up."""
         return self.schedule.interval_steps == 0 and not self.sync.pending and self.sync.whole
-
-    def tally(self, **amounts: Tensor | float) -> None:
-        """Adds to this rank's counts since the last sync (see `TALLIES`); a sync sums each over the replica's ranks."""
-        for name, amount in amounts.items():
-            if isinstance(amount, Tensor):
-                amount = amount.double()  # a loss can be bf16, which would add up in bf16
-            self.tallies[name] = self.tallies[name] + amount
 
     def set_interval(self) -> None:
         """Where it changes on the way, from what all replicas have confirmed alone, so that they have the same."""
@@ -168,7 +133,7 @@ class Engine:
 
     def before_optimizer_step(self) -> None:
         """Ends a sync whose units were not all used by the forward pass."""
-        self._under_way.finish()
+        self._rounds.under_way.finish()
 
     def step(self, requests: Collection[str] = (), skipped: bool = False) -> set[str] | None:
         """One optimizer step was taken, or skipped by fp16's scaler: begins the sync if it is due.
@@ -192,23 +157,22 @@ class Engine:
                 self._end_warmup()
             return None
         if self.config.momentum_follows_lr and not skipped:
-            self.tally(learning_rate=float(self._optimizer.param_groups[0]["lr"]) / self.peers.inside.size)
+            self.counts.tally(learning_rate=float(self._optimizer.param_groups[0]["lr"]) / self.peers.inside.size)
         agreed = None
         if self._delay_steps and self.sync.pending and self.schedule.interval_steps >= self._delay_steps:
             agreed = self._complete()
             if agreed is None and self.config.elastic:  # with those that are left
-                self._begin(requests, self._way, whole=False)
+                self._rounds.begin(requests, self._rounds.when_due, whole=False)
                 return None
         if self._is_due(due):
             if self.sync.pending:  # by time, on a replica whose steps are long: it would keep the others waiting
                 agreed = self._complete()
             if agreed is not None and len(self.fragments) > 1 and (agreed or self.by_time):
                 return agreed  # what all do about it may begin with a sync of all units
-            self._begin(requests, self._way, whole=False)
+            if self.config.elastic and not self._delay_steps:
+                return self._sync(requests, whole=False)
+            self._rounds.begin(requests, self._rounds.when_due, whole=False)
             if not self._delay_steps:
-                agreed = self._complete()
-            while agreed is None and self.config.elastic and not self._delay_steps:
-                self._begin(requests, self._way, whole=False)
                 agreed = self._complete()
         return agreed
 
@@ -237,7 +201,7 @@ class Engine:
     def drain(self) -> set[str] | None:
         """Ends a sync under way; what any rank wanted at it if this one does not know of that yet, else None."""
         agreed = self._complete() if self._delay_steps and self.sync.pending else None
-        self._under_way.finish()
+        self._rounds.under_way.finish()
         return agreed
 
     def leave(self, requests: Collection[str]) -> set[str]:
@@ -257,8 +221,8 @@ class Engine:
         if self.warming_up:
             return
         self.drain()
-        self._all_arrived = False
-        while not self._all_arrived:
+        self._rounds.all_waited = False
+        while not self._rounds.all_waited:
             self._wait_for_training_replicas()
             self._sync(("barrier",), whole=False)
         if not self.sync.whole:
@@ -266,16 +230,14 @@ class Engine:
 
     def _wait_for_training_replicas(self) -> None:
         """They may be an interval away: longer than any wait between replicas that are on their way to a sync."""
-        steps = max(1, self.schedule.step - self._first_step)
-        begun_at = self._clock()
+        begun_at = self.sync.clock()
         interval_steps = self.schedule.sync_interval * len(self.fragments)
-        interval_seconds = interval_steps * (begun_at - self._started_at) / steps
-        self.peers.wait_for_arrivals(PATIENCE_INTERVALS * interval_seconds)
-        self.sync.interval.rested_seconds += self._clock() - begun_at
+        self.peers.wait_for_arrivals(PATIENCE_INTERVALS * interval_steps * self.schedule.step_seconds)
+        self.sync.interval.rested_seconds += self.sync.clock() - begun_at
 
     def _sync(self, requests: Collection[str], whole: bool) -> set[str]:
         while True:  # until all agree to it
-            self._begin(requests, self._blocking, whole)
+            self._rounds.begin(requests, self._rounds.at_once, whole)
             if (agreed := self._complete()) is not None:
                 return agreed
 
@@ -297,8 +259,7 @@ class Engine:
             clear: the inner optimizer's state goes, too.
         """
         self.sync.go_back(clear)
-        self.schedule.inner_steps = 0  # it has nothing to tell of them
-        self.fragments.forget()
+        self.counts.forget()
 
     def close(self) -> None:
         """Training has ended: DDP is left as it was found."""
@@ -309,84 +270,16 @@ class Engine:
 
     def abandon(self) -> None:
         """Forgets a sync under way; for a training that was broken off."""
-        self._under_way.abandon()
+        self._rounds.under_way.abandon()
         self._inner_rate.remove()
 
-    def _begin(self, requests: Collection[str], way: Blocking, whole: bool) -> None:
-        """Starts a sync: of all units if `whole`, else of those whose turn it is."""
-        schedule, size = self.schedule, self.peers.inside.size
-        part = self.fragments.of_sync(self.sync.sync_count, schedule.inner_steps, whole)
-        # Steps are equal on all ranks of a replica, and what is gathered is the sum over them.
-        steps = {"inner_steps": schedule.inner_steps / size, "interval_steps": schedule.interval_steps / size}
-        if len(self.fragments) > 1:
-            steps |= {f"fragment_steps_{number}": count / size for number, count in enumerate(part.told)}
-        asked = {name: float(name in requests) for name in (*REQUESTS, "barrier")}
-        measured = {name: value / size for name, value in self.sync.interval.tallies(self._clock()).items()}
-        more = {} if self._on_begin is None else self._on_begin()
-        more |= self.tuning.tallies(delayed=way is not self._blocking)
-        tallies = {**self.tallies, **asked, "buffers": self._buffers.changed(), **steps, **measured, **more}
-        way.begin(tallies, part)
-        self._under_way = way
-        self._reported = self.tallies, schedule.inner_steps, schedule.interval_steps, self.fragments.steps
-        self.fragments.steps = part.after
-        self.tallies = dict.fromkeys(TALLIES, 0.0)
-        schedule.restart()
-        self.progress.hand_over()
-
     def _complete(self) -> set[str] | None:
-        """Waits until all replicas have come to the sync under way, and carries it out or leaves that to the next
-        forward pass, which cannot begin without what is awaited here.
-
-        Returns:
-            What any rank wanted; None if they did not all agree to the sync: what it was to tell goes into the next.
-        """
-        try:
-            plan = self._under_way.decide()
-            members = self.sync.members
-            run = self.sync.running
-            assert run is not None
-            self.tuning.look(run, plan.tallies)
-            committed = self._under_way.carry_out(self.schedule.interval_steps)
-        except RuntimeError:
-            self._take_back()
-            raise
-        if not committed:
-            self._take_back()
-            return None
-        self.tuning.carried_out()
-        shared = plan.tallies
-        if run.healed is not None:
-            self._take_progress(run.healed.more)
-        steps = [round(steps) for steps in shared["interval_steps"].tolist()]
-        self.progress.confirm(steps, self._delay_steps, some_away=self.config.elastic)
-        self.set_interval()
-        self._restart_timer()
-        if float(shared["buffers"].sum()) > 0:
-            self._buffers.follow(plan.sound_of(members))
-        self._all_arrived = float(shared["barrier"][members].min()) > 0
-        return {name for name in REQUESTS if float(shared[name].sum()) > 0}
-
-    def _tell_progress(self) -> dict[str, Any]:
-        """What a replica that lacks a sync is told, which has not changed since the last one."""
-        more = {} if self._on_heal is None else self._on_heal()
-        return {"progress": {name: getattr(self.progress, name) for name in SHARED_PROGRESS}, **more}
-
-    def _take_progress(self, told: dict[str, Any]) -> None:
-        """This replica was told what it lacked, as of the sync before the one under way."""
-        for name in SHARED_PROGRESS:
-            setattr(self.progress, name, told["progress"][name])
-        if self._on_healed is not None:
-            self._on_healed(told)
-
-    def _take_back(self) -> None:
-        """The sync under way has come to nothing: all is as if it had not begun."""
-        self._under_way.abandon()
-        tallies, inner_steps, interval_steps, fragment_steps = self._reported
-        self.tally(**tallies)
-        self.fragments.steps = fragment_steps
-        self.schedule.inner_steps += inner_steps
-        self.schedule.interval_steps += interval_steps
-        self.schedule.restart_timer(self._clock())
+        """Ends the sync that was begun; see `Rounds.complete`."""
+        agreed = self._rounds.complete()
+        if agreed is not None:
+            self.set_interval()
+            self._restart_timer()
+        return agreed
 
     def _restart_timer(self) -> None:
         if self.sync.waited_until is not None:  # None: the sync under way has yet to get there
@@ -404,7 +297,6 @@ class Engine:
                 f"The state is of step {step}, in the warm-up of {self.config.warmup_steps} steps; this training is "
                 "past it. Load the state into a new EDiT."
             )
-        self.schedule.step = self._first_step = step
-        self._started_at = self._clock()
+        self.schedule.go_on_at(step)
         if was_warming_up and not warming_up:
             self._end_warmup()

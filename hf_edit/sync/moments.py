@@ -36,15 +36,19 @@ class Moments:
     """The moments of each unit on this rank, read and written as one flat tensor.
 
     Args:
-        optimizer: torch's, or as Accelerate prepared it.
-        choice: of EDiTConfig's `sync_moments`, not "none".
+        optimizer: torch's, or as Accelerate prepared it; None only without a choice.
+        choice: of EDiTConfig's `sync_moments`.
+        every: at every so many syncs of a unit.
 
     Raises:
         ValueError: moments of this optimizer are not known, or it has none.
     """
 
-    def __init__(self, units: Sequence[Unit], optimizer: Any, choice: str) -> None:
-        self._optimizer, self._bounded = optimizer, choice == "first"
+    def __init__(self, units: Sequence[Unit], optimizer: Any, choice: str, every: int = 1) -> None:
+        self._optimizer, self._bounded, self._every = optimizer, choice == "first", every
+        self.of_unit: list[list[Moment]] = [[] for _ in units]
+        if choice == "none":
+            return
         torchs = getattr(optimizer, "optimizer", optimizer)
         groups = {param: number for number, group in enumerate(torchs.param_groups) for param in group["params"]}
         keys = [_keys(group)[: 2 if choice == "both" else 1] for group in torchs.param_groups]
@@ -58,9 +62,9 @@ class Moments:
                 f"{type(torchs).__name__}. Take one of these, or leave sync_moments out."
             )
 
-    def size(self, unit: int) -> int:
-        """Numbers of a unit on this rank."""
-        return sum(local_part(moment.param).numel() for moment in self.of_unit[unit])
+    def due(self, unit: int, syncs: int) -> int:
+        """Numbers of a unit on this rank, after `syncs` of it; 0 where none are to be averaged."""
+        return 0 if syncs % self._every else sum(local_part(moment.param).numel() for moment in self.of_unit[unit])
 
     @torch.no_grad()
     def read(self, unit: int, out: Tensor) -> Tensor:

@@ -260,3 +260,21 @@ def at_once(job: Callable[[], T]) -> Callable[[], T]:
     outcome = _Outcome(job)
     outcome.run()
     return outcome.result
+
+
+def ways(sync: OuterSync, hooks: bool, runner: Runner[bool]) -> tuple[Blocking, Blocking]:
+    """How a sync that is due is carried out, and one that makes all equal at once.
+
+    Args:
+        hooks: those of a forward pass can be had; one that is compiled would be traced anew for every sync.
+    """
+    config = sync.config
+    if config.overlap == "delayed":
+        # A replica that is at a sync of all may meet others there that begin a delayed one: through the same process
+        # group, that of host memory.
+        in_host = sync.device.type == "cuda" or config.elastic
+        return Delayed(sync, runner), Delayed(sync, at_once) if in_host else Blocking(sync)
+    if config.elastic:  # in host memory, as what a replica lacks is sent from there
+        return (both := Delayed(sync, at_once)), both
+    blocking = Blocking(sync)
+    return Forward(sync) if config.overlap == "forward" and hooks else blocking, blocking

@@ -18,9 +18,7 @@ from torch import Tensor
 
 import hf_edit.sync.unit_values as unit_values
 from hf_edit.config import EDiTConfig
-from hf_edit.method.compression import CODECS
-from hf_edit.method.outer import OuterState, outer_rule
-from hf_edit.method.penalty import DetectorState, square_norm
+from hf_edit.method.penalty import square_norm
 from hf_edit.method.plan import SyncPlan, SyncRecord, make_plan
 from hf_edit.peers.group import Conversation
 from hf_edit.peers.replica import Replica
@@ -29,12 +27,13 @@ from hf_edit.sync.healing import Healing
 from hf_edit.sync.lengths import Lengths
 from hf_edit.sync.measure import Interval, Scratch, Stopwatch, phase
 from hf_edit.sync.moments import Moments
+from hf_edit.sync.outer_values import OuterValues
 from hf_edit.sync.reduction import Reduction
 from hf_edit.sync.running import Running
 from hf_edit.sync.units import Unit
 
 
-class OuterSync:
+class OuterSync(OuterValues):
     """The outer syncs of one model.
 
     Args:
@@ -55,65 +54,28 @@ class OuterSync:
         optimizer: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.units = list(units)
+        super().__init__(units, peers, config, optimizer)
         self.peers = peers
-        self.config = config
-        self.sync_count = 0
-        self.tuning: Tensor | None = None  # what settings that find themselves come from, for checkpoints
-        self.whole = True  # the last sync was of all units, or there was none yet
-        self.unit_syncs = torch.zeros(len(self.units), dtype=torch.int64)  # in which each unit took part
-        self.unit_rates = torch.zeros(len(self.units), dtype=torch.float64)  # inner learning rates of each one's last
-        self.states: list[OuterState] = []
-        self.detectors = DetectorState.zeros(len(self.units), peers.num_replicas)
-        self.rule = outer_rule(
-            config.outer_optimizer, config.outer_lr, config.outer_momentum, config.outer_warmup_syncs
-        )
-        self.reduction = Reduction(peers)
-        self.compression: str = config.compression
-        self.device = self.units[0].parts()[0].device
         self.running: Running | None = None
         self.healing: Healing | None = None  # of replicas that come and go
         self.exposed = Stopwatch(self.device, clock)
         # When the last sync no longer kept anyone waiting: a delayed one when all had come to it, else its end.
         self.waited_until: float | None = None
-        self._replica = replica
-        self._optimizer = optimizer
+        self.replica = replica
         self.clock = clock
         self._scratch = Scratch(self.device)
         self._lengths = Lengths(config, replica, self.device)
-        self._moments = None
-        if config.sync_moments != "none" and optimizer is not None:
-            self._moments = Moments(self.units, optimizer, config.sync_moments)
+        self._moments = Moments(self.units, optimizer, config.sync_moments, config.sync_moments_every)
         self._last_end = clock()
         self.interval = Interval(clock())
         self._finished: list[Callable[[], SyncRecord]] = []
 
-    @torch.no_grad()
     def take_anchors(self) -> None:
-        """The anchor becomes the current parameters, the outer state what it is at first."""
-        self.states = [self.rule.init(unit.parts(), self.config.offload_outer_state) for unit in self.units]
-        self.reduction.residuals = []
-        self.use_codes(self.compression)
-        self.whole, self._last_end = True, self.clock()
+        super().take_anchors()
+        self._last_end = self.clock()
         self.interval = Interval(self._last_end)
         if self.healing is not None:
             self.healing.measure()
-
-    def use_codes(self, compression: str) -> None:
-        """What is sent from the next sync on; one of EDiTConfig's `compression`."""
-        self.compression, self.reduction.codec = compression, CODECS.get(compression)
-        if self.reduction.codec is not None:
-            self.keep_residuals()
-
-    def keep_residuals(self) -> None:
-        """There is room for what codes leave out, zeros where there was none."""
-        if not self.reduction.residuals:
-            in_host = self.config.offload_outer_state or self.config.overlap == "delayed"
-            device = torch.device("cpu") if in_host else self.device
-            pin = device != self.device
-            self.reduction.residuals = [
-                torch.zeros(state.anchor.shape, device=device, pin_memory=pin) for state in self.states
-            ]
 
     @property
     def pending(self) -> bool:
@@ -157,7 +119,7 @@ class OuterSync:
                 deltas.append(self._scratch.to_host(delta))
                 moments.append(self._read_moments(index, self._scratch))
             del delta  # before the next one is made
-        packed = self._replica.sum(torch.stack([*norms, *(self._scalar(value) for value in tallies.values())]))
+        packed = self.replica.sum(torch.stack([*norms, *(self.scalar(value) for value in tallies.values())]))
         sent = self._scratch.to_host(packed) if in_host else packed
         gathered = _later if in_host else self.peers.gather(sent)
         self.waited_until = None
@@ -258,15 +220,9 @@ class OuterSync:
         run = self.running
         if run is not None and not run.deltas:
             raise RuntimeError("A sync is under way that is not carried out yet; finish it first.")
-        for index, (unit, state) in enumerate(zip(self.units, self.states, strict=True)):
-            if run is None or index not in run.units:
-                flat = self._here(state.anchor)
-            else:  # to where it was when the sync under way began, which tells the others of it
-                flat = self._here(run.deltas[run.units.index(index)]).neg()
-                unit_values.add_given(unit, state, flat, state.anchor, 1)
-            unit_values.write(unit, state, flat)
-            if clear:
-                self._clear_inner_state(unit)
+        for index in range(len(self.units)):
+            told = run.deltas[run.units.index(index)] if run is not None and index in run.units else None
+            self.take_back(index, told, clear)
 
     def forget(self) -> None:
         """The sync under way is given up; all is as it was before it began."""
@@ -283,53 +239,28 @@ class OuterSync:
             run.flying.pop(place).keep()
         correction = None
         if steps:  # becomes the new anchor minus where the parameters were, both as the replica is given them
-            correction = self._here(run.deltas[place])
+            correction = self.here(run.deltas[place])
             if place in run.bases:
-                correction.sub_(self._here(run.bases[place]))
+                correction.sub_(self.here(run.bases[place]))
             else:
                 unit_values.add_given(unit, state, correction, state.anchor, -1)
         if self.healing is not None:
             self.healing.take(run, place)
-        anchor = self._step(run, place, average)
+        anchor = self.step(index, average, run.factors.get(place), run.decided.learning_rate)
         if correction is not None:
             unit_values.add_given(unit, state, correction, anchor, 1)
-        self._write(run, place, anchor, correction)
+        broken = not run.decided.norms[place, self.peers.replica].isfinite()
+        self.write(index, anchor, correction, broken)
         moments, before = run.mean_moments.pop(place, None), run.moments[place] if run.moments else None
-        if self._moments is not None and moments is not None:
+        if moments is not None:
             self._moments.write(index, moments, before, steps)
         for used in (run.deltas[place], average, moments, before) if run.deltas else ():
             if used is not None:
                 self._scratch.give(used)
 
-    @phase("step")
-    def _step(self, run: Running, place: int, average: Tensor | None) -> Tensor:
-        index = run.units[place]
-        state = self.states[index]
-        if average is None:
-            return self._here(state.anchor)
-        gradient = self._here(average)
-        if place in run.factors:
-            gradient.mul_(run.factors[place])
-        before, now = float(self.unit_rates[index]), run.decided.learning_rate
-        shrinks = self.config.momentum_follows_lr and 0 < now < before
-        return self.rule.step(state, gradient, int(self.unit_syncs[index]), now / before if shrinks else 1.0)
-
-    @phase("write")
-    def _write(self, run: Running, place: int, anchor: Tensor, correction: Tensor | None) -> None:
-        """A unit takes the anchor, or adds the correction unless it is broken."""
-        unit, state = self.units[run.units[place]], self.states[run.units[place]]
-        broken = not run.decided.norms[place, self.peers.replica].isfinite()
-        if correction is None or broken:
-            unit_values.write(unit, state, anchor)
-        else:
-            unit_values.write(unit, state, correction, add=True)
-        if broken:
-            self._clear_inner_state(unit)
-
     def _read_moments(self, index: int, scratch: Scratch | None = None) -> Tensor | None:
         """The inner optimizer's of a unit, if they are due; with `scratch` in host memory, on their way there."""
-        due = self._moments is not None and int(self.unit_syncs[index]) % self.config.sync_moments_every == 0
-        if self._moments is None or not due or not (size := self._moments.size(index)):
+        if not (size := self._moments.due(index, int(self.unit_syncs[index]))):
             return None
         like = torch.empty(size, device="meta")
         if scratch is None or self.device.type != "cpu":
@@ -337,31 +268,13 @@ class OuterSync:
             return moments if scratch is None else scratch.to_host(moments)
         return self._moments.read(index, scratch.take(like))
 
-    def _clear_inner_state(self, unit: Unit) -> None:
-        if self._optimizer is not None:
-            for param in unit.params:
-                self._optimizer.state.pop(param, None)
-
-    # -- helpers ------------------------------------------------------------------------------------------------------
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
-
-    def _scalar(self, value: Tensor | float) -> Tensor:
-        """On the device, [] float64, without waiting for it."""
-        if isinstance(value, Tensor):
-            return value.to(self.device, torch.float64)
-        return torch.full((), value, dtype=torch.float64, device=self.device)
-
     def _end(self, run: Running) -> None:
         assert run.detectors is not None
         if self.healing is not None:
             self.healing.end()
         self.detectors = self.detectors.replaced(run.units, run.detectors)
         told = ~run.decided.idle.expand(run.decided.norms.shape).all(dim=1)  # else the outer step was none
-        stepped = torch.tensor(run.units)[told]
-        self.unit_syncs[stepped] += 1
-        self.unit_rates[stepped] = run.decided.learning_rate or self.unit_rates[stepped]
+        self.count(torch.tensor(run.units)[told].tolist(), run.decided.learning_rate)
         self.sync_count, self.whole, self.running = run.number, len(run.units) == len(self.units), None
         now = self.clock()
         if not run.deltas:

@@ -236,3 +236,23 @@ def passed_over(trainer: Any, method: str) -> RuntimeError:
         f"the Trainer's part alone, derive {culprit} from Trainer and put EDiT around it: "
         f"class Mine(EDiTMixin, {culprit})."
     )
+
+
+def check_loop(config: EDiTConfig) -> None:
+    """Raises ValueError for settings that a hand-written loop cannot train with."""
+    refused = {
+        "on_loss_spike": (
+            config.on_loss_spike != "log",
+            "you see the loss before you step, and can leave out the step",
+        ),
+        "balance": (config.balance, "the data are yours to deal out, or set sync_seconds (A-EDiT)"),
+        "sync_interval_end": (
+            config.sync_interval_end is not None,
+            "the number of steps is not known, over which it goes in a straight line",
+        ),
+    }
+    for name, (given, why) in refused.items():
+        if given:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is EDiTTrainer's alone; in a loop of your own {why}. Leave it out."
+            )

@@ -108,7 +108,7 @@ class TrainerElastic(_TrainerToBe):
             own = round(engine.progress.totals[self.edit_layout.replica])
             if own != self._steps.own:
                 self._go_behind(own)
-            engine.schedule.step = self._steps.own
+            engine.schedule.go_on_at(self._steps.own)
         self._receive(agreed, by_progress=True)
         self._globalstep_last_logged = self._initial_global_step = self.state.global_step
         self._steps.logged = max(self._steps.logged, self.state.global_step)

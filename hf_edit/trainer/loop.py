@@ -24,7 +24,7 @@ from hf_edit.telemetry.journal import NAME, Journal, description
 from hf_edit.telemetry.logs import sync_logs
 from hf_edit.telemetry.wandb_run import publish_settings, tell
 from hf_edit.trainer.accelerate_hook import keep_loader_local, layout_of, make_accelerator
-from hf_edit.trainer.checks import check_optimizer
+from hf_edit.trainer.checks import check_loop, check_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -85,16 +85,7 @@ class EDiT:
                 f"The model is a plain {type(model).__name__}. Give EDiT what accelerator.prepare(model, optimizer) "
                 "returned."
             )
-        if self.config.on_loss_spike != "log":
-            raise ValueError(
-                f"on_loss_spike={self.config.on_loss_spike!r} is EDiTTrainer's alone: in a loop of your own you see "
-                'the loss before you step. Leave out the step yourself, and set on_loss_spike="log".'
-            )
-        if self.config.balance:
-            raise ValueError(
-                "balance=True is EDiTTrainer's alone: in a loop of your own the data are yours to deal out. Leave it "
-                "out, or set sync_seconds (A-EDiT), with which fast replicas take more steps."
-            )
+        check_loop(self.config)
         check_optimizer(optimizer, self.layout, self.config)
         keep_loader_local(accelerator)
         self._peers = make_peers(self.layout, self.config)
@@ -129,7 +120,8 @@ class EDiT:
         if self.config.elastic:
             engine.join()
             told = engine.progress.totals
-            self._own_steps = engine.schedule.step = round(told[self.layout.replica]) if told else 0
+            self._own_steps = round(told[self.layout.replica]) if told else 0
+            engine.schedule.go_on_at(self._own_steps)
             self._steps_of_all = round(engine.progress.value)
 
     def _begin_journal(self) -> None:
@@ -174,8 +166,8 @@ class EDiT:
             return
         if loss is not None:
             share = self._accelerator.gradient_accumulation_steps * self.layout.replica_size
-            self._engine.tally(loss=loss.detach().float() / share)
-        self._engine.tally(tokens=float(tokens))
+            self._engine.counts.tally(loss=loss.detach().float() / share)
+        self._engine.counts.tally(tokens=float(tokens))
         if self._accelerator.sync_gradients:
             skipped = self._accelerator.optimizer_step_was_skipped
             if skipped:  # the optimizer was not called, nor its hook

@@ -69,7 +69,7 @@ class TrainerStep(_TrainerToBe):
             loss = torch.zeros_like(loss)
         if self.state.num_input_tokens_seen != seen:  # GRPO counts them here
             self._count_input_tokens(seen, in_replica=not self._engine.warming_up)
-        self._engine.tally(loss=loss / self.edit_layout.replica_size, tokens=tokens)
+        self._engine.counts.tally(loss=loss / self.edit_layout.replica_size, tokens=tokens)
         self._add_to_step_loss(loss)
         return loss
 
@@ -143,14 +143,14 @@ class TrainerStep(_TrainerToBe):
         if not in_replica:
             counted /= self.edit_layout.num_replicas
         self._input_tokens.add(counted)
-        self._engine.tally(input_tokens=counted / self.edit_layout.replica_size)
+        self._engine.counts.tally(input_tokens=counted / self.edit_layout.replica_size)
         self.state.num_input_tokens_seen = round(self._input_tokens.value)
 
     def store_flos(self) -> None:
         if self._engine is None:
             return super().store_flos()
         self._flos.add(self.current_flos * self.edit_layout.replica_size)
-        self._engine.tally(flos=self.current_flos)
+        self._engine.counts.tally(flos=self.current_flos)
         self.current_flos = 0
         self.state.total_flos = self._flos.value
 

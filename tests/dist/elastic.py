@@ -135,7 +135,7 @@ def replica(number: int, fault: str, folder: Path) -> None:
         peers.occasion("step")
         x, y = batch(told + steps, number)
         nn.functional.mse_loss(model(x), y).backward()
-        engine.tally(loss=1.0)
+        engine.counts.tally(loss=1.0)
         engine.before_optimizer_step()
         optimizer.step()
         optimizer.zero_grad()

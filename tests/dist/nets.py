@@ -164,7 +164,7 @@ def train(
             loss = nn.functional.mse_loss(model(x), y) / accumulation
             loss.backward()
             total += loss.item()
-        engine.tally(loss=total / layout.replica_size, tokens=4.0)
+        engine.counts.tally(loss=total / layout.replica_size, tokens=4.0)
         engine.before_optimizer_step()
         inner.step()
         inner.zero_grad()

@@ -87,9 +87,9 @@ def test_with_all_wrong_the_buffers_go_back() -> None:
 def test_buffers_that_nobody_changed_since_are_not_sent() -> None:
     def body(rank: int) -> list[float]:
         _, engine = train(rank, set(), set(), 4, overlap="none")
-        changed = [float(engine._buffers.changed())]
-        engine._buffers.tensors[0].add_(1.0)
-        return [*changed, float(engine._buffers.changed())]
+        changed = [float(engine._rounds._buffers.changed())]
+        engine._rounds._buffers.tensors[0].add_(1.0)
+        return [*changed, float(engine._rounds._buffers.changed())]
 
     assert run_ranks(2, body) == [[0.0, 1.0]] * 2
 

@@ -208,7 +208,7 @@ def test_a_sync_whose_thread_fails_before_the_exchange_fails_where_its_plan_is_a
 
     def body(rank: int) -> None:
         replica = Replica(rank, 2, step_seconds=1.0, gradient=1.0, sync_interval=2, overlap="delayed", delay_steps=1)
-        replica.engine._way._runner = Worker()
+        replica.engine._rounds.when_due._runner = Worker()
         replica.step()
         replica.step()
         with pytest.raises(RuntimeError, match="the device is gone"):

@@ -92,7 +92,7 @@ def state_of(engine: Engine, model: nn.Module) -> list[Tensor]:
         engine.schedule.interval_steps,
         engine.progress.value,
     ]
-    numbers = torch.tensor([float(value) for value in (*counts, *engine.tallies.values())], dtype=torch.float64)
+    numbers = torch.tensor([float(value) for value in (*counts, *engine.counts.tallies.values())], dtype=torch.float64)
     params = [part for unit in engine.units for part in unit.parts()]
     params += [local_part(t) for state in engine._optimizer.state.values() for t in state.values()]
     return [t.detach().clone() for t in (*params, *outer, *sync.detectors.state_dict().values(), numbers)]
@@ -114,17 +114,17 @@ def train(
     def step(number: int) -> None:
         x, y = batch(number, rank)
         nn.functional.mse_loss(model(x), y).backward()
-        engine.tally(loss=1.0)
+        engine.counts.tally(loss=1.0)
         engine.before_optimizer_step()
         optimizer.step()
         optimizer.zero_grad()
         engine.step()
 
     def sync() -> Any:
-        engine._begin((), engine._way, whole=False)
+        engine._rounds.begin((), engine._rounds.when_due, whole=False)
         agreed = engine._complete()
         if agreed is not None:
-            engine._under_way.finish()
+            engine._rounds.under_way.finish()
         return agreed
 
     step(0)

@@ -326,11 +326,6 @@ def test_inner_steps_have_a_learning_rate_of_their_own(shape: tuple[int, int], s
         assert_same(simulated(1.5), simulated(1.0), 1e-2)
 
 
-def test_a_training_without_an_end_has_no_interval_at_it() -> None:
-    with pytest.raises(ValueError, match="sync_interval_end=2: a straight line over the steps needs their number"):
-        runs(2, 1, EDiTConfig(sync_interval=6, sync_interval_end=2), 2)
-
-
 @pytest.mark.parametrize("shape", [(2, 2), (3, 1)])
 @pytest.mark.parametrize(
     ("optimizer", "sync_moments", "keys"),
@@ -493,7 +488,7 @@ def test_a_sync_of_all_through_host_memory_is_the_same(shape: tuple[int, int]) -
             engine.flush()
 
     def in_host(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:
-        engine._blocking = Delayed(engine.sync, at_once)
+        engine._rounds.at_once = Delayed(engine.sync, at_once)
         flush(step, engine, model, optimizer)
 
     usual, other = runs(*shape, config, before_step=flush), runs(*shape, config, before_step=in_host)
@@ -577,9 +572,9 @@ def test_losses_of_16_bits_add_up_exactly() -> None:
 
     def body(rank: int) -> float:
         run = train(rank, 2, EDiTConfig(sync_interval=4), 1)
-        run.engine.tallies["loss"] = 0.0
+        run.engine.counts.tallies["loss"] = 0.0
         for _ in range(128):
-            run.engine.tally(loss=torch.tensor(3.1, dtype=torch.bfloat16))
-        return float(run.engine.tallies["loss"])
+            run.engine.counts.tally(loss=torch.tensor(3.1, dtype=torch.bfloat16))
+        return float(run.engine.counts.tallies["loss"])
 
     assert run_ranks(2, body) == [128 * 3.09375] * 2

@@ -40,7 +40,9 @@ ORDER = [
             "measure",
             "equality",
             "reduction",
+            "outer_values",
             "fragments",
+            "counts",
             "running",
             "unit_values",
             "healing",
@@ -50,7 +52,7 @@ ORDER = [
         )
     ),
     "sync.unit_sync",
-    *(f"sync.{name}" for name in ("tuned", "overlap", "engine")),
+    *(f"sync.{name}" for name in ("tuned", "overlap", "rounds", "engine")),
     *(f"checkpoint.{name}" for name in ("storage", "manifest", "late", "tensors", "outer", "state")),
     *(f"telemetry.{name}" for name in ("logs", "journal", "wandb_run")),
     "trainer.checks",

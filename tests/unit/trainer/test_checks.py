@@ -25,7 +25,14 @@ from transformers.training_args import OptimizerNames
 from hf_edit import EDiTConfig, EDiTMixin
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.units import wrapping_groups
-from hf_edit.trainer.checks import check_wrapping, never_due, optimizer_problem, passed_over, wrapping_problem
+from hf_edit.trainer.checks import (
+    check_loop,
+    check_wrapping,
+    never_due,
+    optimizer_problem,
+    passed_over,
+    wrapping_problem,
+)
 
 TINY = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 LAYOUT = Layout(2, 2, 0)
@@ -247,3 +254,17 @@ def test_the_class_that_passes_over_is_named() -> None:
     text = str(passed_over(Mine(), "training_step"))
     assert text.startswith("Theirs.training_step() does not call super().training_step()")
     assert "class Mine(EDiTMixin, Theirs)" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (dict(on_loss_spike="skip"), "on_loss_spike='skip' is EDiTTrainer's alone; .* you see the loss"),
+        (dict(balance=True), "balance=True is EDiTTrainer's alone; .* the data are yours to deal out"),
+        (dict(sync_interval_end=2), "sync_interval_end=2 is EDiTTrainer's alone; .* the number of steps is not known"),
+    ],
+)
+def test_what_a_loop_of_ones_own_cannot_have(settings: dict[str, Any], text: str) -> None:
+    check_loop(EDiTConfig())
+    with pytest.raises(ValueError, match=text):
+        check_loop(EDiTConfig(**settings))
