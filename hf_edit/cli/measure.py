@@ -27,7 +27,7 @@ from hf_edit.config import EDiTConfig
 from hf_edit.peers.group import Peers, ProcessGroupPeers
 from hf_edit.peers.layout import ring_bytes
 from hf_edit.sync.units import keep_gradients_local
-from hf_edit.trainer.accelerate_hook import make_accelerator
+from hf_edit.trainer.loop_accelerator import make_accelerator
 
 MIN_BYTES, MAX_BYTES = 1 << 18, 64 << 20  # that a rank all-reduces at a time
 LONG_SECONDS = 0.4  # for an all-reduce, in which its start no longer counts

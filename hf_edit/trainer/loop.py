@@ -23,8 +23,8 @@ from hf_edit.sync.units import is_prepared
 from hf_edit.telemetry.journal import NAME, Journal, description
 from hf_edit.telemetry.logs import sync_logs
 from hf_edit.telemetry.wandb_run import publish_settings, tell
-from hf_edit.trainer.accelerate_hook import keep_loader_local, layout_of, make_accelerator
 from hf_edit.trainer.checks import check_loop, check_optimizer
+from hf_edit.trainer.loop_accelerator import keep_loader_local, layout_of, make_accelerator
 
 logger = logging.getLogger(__name__)
 

@@ -69,6 +69,7 @@ ORDER = [
     "trainer.checkpoints",
     "trainer.elastic",
     "trainer.trainer",
+    "trainer.loop_accelerator",
     "trainer.loop",
     *(f"cli.{name}" for name in ("job", "events", "simulation", "plan_page", "plan")),
     *(f"cli.{name}" for name in ("launch", "sizes", "findings", "measure", "check")),
