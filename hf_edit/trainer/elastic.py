@@ -20,7 +20,7 @@ from hf_edit.peers.elastic import ElasticPeers
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.logs import EDiTStats, GlobalCount
-from hf_edit.trainer.data import DataPosition
+from hf_edit.trainer.position import DataPosition
 from hf_edit.trainer.progress import GlobalSteps
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from hf_edit.method.spikes import LossMonitor, Place
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.sync.measure import HostCopy
-from hf_edit.trainer.data import DataPosition
+from hf_edit.trainer.position import DataPosition
 from hf_edit.trainer.progress import GlobalSteps
 
 _TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into

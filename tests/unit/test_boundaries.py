@@ -60,6 +60,7 @@ ORDER = [
     "trainer.world",
     "trainer.progress",
     "trainer.randomness",
+    "trainer.position",
     "trainer.data",
     "trainer.spikes",
     "trainer.balance",

@@ -16,7 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
-from hf_edit.trainer.data import DataPosition
+from hf_edit.trainer.position import DataPosition
 from hf_edit.trainer.randomness import Contents
 
 RANKS, BATCH, ROWS, EPOCHS = 2, 2, 22, 3  # six batches a rank and epoch, the last filled up
