@@ -57,9 +57,7 @@ def carried(table: Any) -> Any:
     known = np.isfinite(table).reshape(len(table), -1).any(axis=1)
     if not known.any():
         return table
-    places = np.maximum.accumulate(np.where(known, np.arange(len(table)), 0))
-    places[: known.argmax()] = known.argmax()
-    return table[places]
+    return table[np.maximum.accumulate(np.where(known, np.arange(len(table)), known.argmax()))]
 
 
 # -- sums -------------------------------------------------------------------------------------------------------------
@@ -81,15 +79,11 @@ def time_shares(journal: Journal, limit: int) -> tuple[Values, Values]:
 def cumulative_bytes(journal: Journal) -> tuple[list[int], Values, Values]:
     """Steps, bytes that one rank has sent to other replicas by then, and what averaging each gradient would have."""
     steps = [0, *(sync.step for sync in journal.syncs)]
-    per_step = np.array([sync.gradient_bytes for sync in journal.syncs])
+    per_step = np.nan_to_num([sync.gradient_bytes for sync in journal.syncs])
     warm_up = int(journal.run.get("settings", {}).get("edit_warmup_steps") or 0)
     in_warm_up = np.diff(np.minimum(steps, warm_up)) * per_step
-    sent = stands_for(journal) * np.array([sync.sync_bytes for sync in journal.syncs])
-    return (
-        steps[1:],
-        np.cumsum(np.nan_to_num(sent) + np.nan_to_num(in_warm_up)),
-        np.cumsum(np.nan_to_num(np.diff(steps) * per_step)),
-    )
+    sent = stands_for(journal) * np.nan_to_num([sync.sync_bytes for sync in journal.syncs])
+    return steps[1:], np.cumsum(sent + in_warm_up), np.cumsum(np.diff(steps) * per_step)
 
 
 def stands_for(journal: Journal) -> Values:
@@ -294,12 +288,9 @@ def settings_table(journals: Sequence[Journal]) -> list[Row]:
     for group, prefix in (("settings", "edit"), ("training", "training"), ("versions", "version")):
         held = [journal.run.get(group) or {} for journal in journals]
         for name in dict.fromkeys(name for values in held for name in values):
-            rows.append(Row(f"{prefix}: {name}", [_setting_text(values, name) for values in held]))
+            rows.append(Row(f"{prefix}: {name}", [_setting_text(values.get(name, "-")) for values in held]))
     return sorted(rows, key=lambda row: not row.differs)
 
 
-def _setting_text(values: dict[str, Any], name: str) -> str:
-    if name not in values:
-        return "-"
-    value = values[name]
+def _setting_text(value: Any) -> str:
     return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -7,7 +7,6 @@ replica, and the sync is tried again with those that are there. So no rank of a 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_edit.config import EDiTConfig
 from hf_edit.method.membership import KEPT_COMMITS, Meeting, why_wait
-from hf_edit.peers.faults import Pending, leave_cleanly_at_exit, start
-from hf_edit.peers.group import PIECE_BYTES, ProcessGroupPeers
+from hf_edit.peers.connection import Connection, Operations
+from hf_edit.peers.faults import Pending, leave_cleanly_at_exit
+from hf_edit.peers.group import pieces
 from hf_edit.peers.layout import Layout, ring_bytes
-from hf_edit.peers.lighthouse import RETRY_SECONDS, Lighthouse, new_group
+from hf_edit.peers.lighthouse import RETRY_SECONDS, Lighthouse
 from hf_edit.peers.replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,6 @@ LOOK_SECONDS = 10.0  # after which the first rank tells the others of its replic
 SAY_AFTER_SECONDS = 30.0
 FAILURES = 5  # in a row, and for as long as a sync may take, until a replica gives up
 MADE_ANEW = "made anew after healing"
-ERROR_LENGTH = 200  # of what is shown of an error's text
 HEALING_BYTES_PER_SECOND = 1e6  # at which state is expected to travel at least; the others wait for it meanwhile
 
 
@@ -72,11 +70,7 @@ class ElasticPeers:
         self._min_replicas, self._address = min_replicas, lighthouse
         self._lighthouse: Lighthouse | None = None  # of the first rank
         self._commits: deque[str] = deque(maxlen=KEPT_COMMITS)
-        self._group: Any = None
-        self._link = ""  # the key of the meeting at which it was made
-        self._connected: list[str] = []  # who it is with
-        self._ops: list[_Op] = []
-        self._error: str | None = None
+        self._connection = Connection(layout)
         self._said_at = 0.0
         self._timeout_seconds = timeout_seconds
         leave_cleanly_at_exit()
@@ -88,11 +82,11 @@ class ElasticPeers:
     def begin(self, sync: int) -> list[int]:
         since, patient = time.monotonic(), False
         while True:
-            if self.beside.count(self._error is not None):
-                self._drop()
-                if self._error != MADE_ANEW:
+            if self.beside.count(self.failed):
+                self._connection.drop()
+                if self._connection.error != MADE_ANEW:
                     self._give_up_if_none_succeeds()
-            self._error = self.in_doubt = None
+            self._connection.error = self.in_doubt = None
             meeting = self._checked(self._meet(sync - 1, patient, since))
             patient = meeting.must_look_again
             if patient:
@@ -107,7 +101,7 @@ class ElasticPeers:
                 time.sleep(RETRY_SECONDS)
                 continue
             self._connect(meeting)
-            if not self.beside.count(self._error is not None):
+            if not self.beside.count(self.failed):
                 self.meeting = meeting
                 if self._lighthouse is not None:
                     self._lighthouse.begin()
@@ -116,47 +110,46 @@ class ElasticPeers:
 
     def gather(self, vector: Tensor) -> Callable[[], Tensor]:
         rows = [torch.empty_like(vector) for _ in range(self._num_members)]
-        op = self._start(dist.all_gather, rows, vector)
+        op = self._connection.start(dist.all_gather, rows, vector)
         self.bytes_sent += vector.nbytes * (len(rows) - 1)
 
         def result() -> Tensor:
             op.wait()
-            return torch.stack([vector] * len(rows) if self._error or len(rows) == 1 else rows)
+            return torch.stack([vector] * len(rows) if self.failed or len(rows) == 1 else rows)
 
         return result
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> Pending:
         self.bytes_sent += ring_bytes(sum(t.nbytes for t in tensors), self._num_members)
-        pieces = [piece for t in tensors for piece in t.view(-1).split(max(1, PIECE_BYTES // t.element_size()))]
-        return _Ops([self._start(dist.all_reduce, piece) for piece in pieces])
+        return Operations([self._connection.start(dist.all_reduce, piece) for t in tensors for piece in pieces(t)])
 
     def all_to_all(self, received: Tensor, sent: Tensor) -> Pending:
         if self._num_members == 1:
             received.copy_(sent)
         self.bytes_sent += sent.nbytes * (self._num_members - 1) // self._num_members
-        return self._start(dist.all_to_all_single, received, sent)
+        return self._connection.start(dist.all_to_all_single, received, sent)
 
     def all_gather(self, received: Tensor, sent: Tensor) -> Pending:
         if self._num_members == 1:
             received.copy_(sent[None])
         self.bytes_sent += sent.nbytes * (self._num_members - 1)
-        return self._start(dist.all_gather, list(received), sent)
+        return self._connection.start(dist.all_gather, list(received), sent)
 
     def commit(self, sync: int) -> bool:
         meeting = self._met
-        complete = self._error is None
+        complete = not self.failed
         if complete:  # tells the others, whose own is complete where they hear it of all
             self.gather(torch.ones(1))()
-        heard = self.beside.count(self._error is None) == self.beside.size
+        heard = self.beside.count(not self.failed) == self.beside.size
         self.in_doubt = meeting.key if not heard and self.beside.count(complete) == self.beside.size else None
         if heard:
             self._commits.append(meeting.key)
             self._failing_since, self._failures = None, 0
         else:
-            self._fail(self._error or "it has failed on another rank of the replica")
+            self._connection.fail(self._connection.error or "it has failed on another rank of the replica")
         if meeting.stale:
-            self._drop()  # it was made with more patience than the next sync should have
-            self._error = self._error or MADE_ANEW
+            self._connection.drop()  # it was made with more patience than the next sync should have
+            self._connection.error = self._connection.error or MADE_ANEW
         return heard
 
     # -- healing ------------------------------------------------------------------------------------------------------
@@ -164,28 +157,29 @@ class ElasticPeers:
     def send(self, tensor: Tensor, replica: int) -> None:
         """`tensor`, in host memory, to the same rank of another member, which calls `receive`."""
         place = self._met.replicas.index(replica)
-        for piece in tensor.view(-1).split(max(1, PIECE_BYTES // tensor.element_size())):
-            self._start(lambda t, group, async_op: dist.isend(t, group=group, group_dst=place), piece).wait()
+        for piece in pieces(tensor):
+            self._connection.start(lambda t, group, async_op: dist.isend(t, group=group, group_dst=place), piece).wait()
         self.bytes_sent += tensor.nbytes
 
     def receive(self, tensor: Tensor, replica: int) -> None:
         place = self._met.replicas.index(replica)
-        for piece in tensor.view(-1).split(max(1, PIECE_BYTES // tensor.element_size())):
-            self._start(lambda t, group, async_op: dist.irecv(t, group=group, group_src=place), piece).wait()
+        for piece in pieces(tensor):
+            self._connection.start(lambda t, group, async_op: dist.irecv(t, group=group, group_src=place), piece).wait()
 
     @property
     def failed(self) -> bool:
         """True if the sync under way will not be committed."""
-        return self._error is not None
+        return self._connection.error is not None
 
     # -- all together -------------------------------------------------------------------------------------------------
 
     def broadcast(self, tensor: Tensor, replica: int = 0) -> None:
         copy = tensor.detach().cpu().clone().contiguous()
         place = self._met.replicas.index(replica)
-        self._start(lambda t, group, async_op: dist.broadcast(t, group=group, group_src=place, async_op=True),
-                    copy).wait()  # fmt: skip
-        if self._error is None:
+        self._connection.start(
+            lambda t, group, async_op: dist.broadcast(t, group=group, group_src=place, async_op=True), copy
+        ).wait()
+        if not self.failed:
             tensor.copy_(copy)
 
     def broadcast_to_all(self, tensor: Tensor, replica: int = 0) -> None:
@@ -211,7 +205,7 @@ class ElasticPeers:
 
     def close(self) -> None:
         """This replica comes to no further sync."""
-        self._drop()
+        self._connection.drop()
         if self._lighthouse is not None:
             self._lighthouse.close()
 
@@ -233,7 +227,7 @@ class ElasticPeers:
                 self._lighthouse = Lighthouse(
                     self._address, self.replica, self._heartbeat_seconds, self._straggler_seconds, self.settings
                 )
-            self._lighthouse.meet(held, self._commits, self._link, patient)
+            self._lighthouse.meet(held, self._commits, self._connection.link, patient)
         while True:
             found = None
             if self._lighthouse is not None and (found := self._lighthouse.met(LOOK_SECONDS)) is None:
@@ -251,7 +245,7 @@ class ElasticPeers:
             raise RuntimeError(
                 f"Replica {self.replica} has not carried out a sync for {now - self._failing_since:.0f} s, though "
                 f"replicas {others} were there; the limit is sync_timeout_seconds. Can the hosts reach each other at "
-                f"any port? The last failure: {self._error}"
+                f"any port? The last failure: {self._connection.error}"
             )
 
     def _say(self, why: str, since: float) -> None:
@@ -283,123 +277,7 @@ class ElasticPeers:
         return replace(meeting, members=tuple(member for member in meeting.members if member.settings == settings))
 
     def _connect(self, meeting: Meeting) -> None:
-        members = [member.launch for member in meeting.members]
-        same = members == self._connected and {member.link for member in meeting.members} == {self._link}
-        if self._group is not None and same:
-            return
-        self._drop()
-        self._connected = members
-        if len(members) == 1:
-            return
         patience = self._heartbeat_seconds
         if meeting.stale:
             patience += self.state_bytes / HEALING_BYTES_PER_SECOND
-        group = new_group(patience)
-        place = f"{meeting.members[0].store}/{meeting.key}/{self.layout.shard}"
-        try:
-            group.configure(place, f"edit_{self.replica}", meeting.replicas.index(self.replica), len(members))
-        except RuntimeError as error:  # torch's DistError and gloo's
-            self._fail(str(error))
-            return
-        self._group, self._link = group, meeting.key
-
-    def _start(self, collective: Callable[..., Any], *tensors: Any) -> _Op:
-        op = _Op(self)
-        if self._error is None and self._num_members > 1:
-            self._ops = [one for one in self._ops if one.work is not None]
-            try:
-                op.work = start(collective, *tensors, group=self._group)
-            except RuntimeError as error:
-                self._fail(str(error))
-            else:
-                self._ops.append(op)
-        return op
-
-    def _fail(self, why: str) -> None:
-        if self._error is None:
-            short = why.splitlines()[0][:ERROR_LENGTH]
-            logger.warning("EDiT: a sync of replica %d came to nothing, and is tried again: %s", self.replica, short)
-        self._error = why
-        self._drop()
-
-    def _drop(self) -> None:
-        """Gives the connection up, with all that holds it: the others see the end of it at once."""
-        ops, self._ops = self._ops, []
-        for op in ops:
-            if op.work is not None:
-                op.work.let_go()
-                op.work = None
-        if self._group is not None:
-            self._group.shutdown()
-            self._group, self._link = None, ""
-
-
-class _Op:
-    """An operation under way; `work` is None where there is nothing to wait for."""
-
-    def __init__(self, peers: ElasticPeers) -> None:
-        self._peers = peers
-        self.work: Any = None
-
-    def wait(self) -> None:
-        work, self.work = self.work, None
-        if work is None:
-            return
-        try:
-            work.wait()
-        except RuntimeError as error:
-            why = str(error)
-        else:
-            return
-        work.let_go()
-        del work
-        self._peers._fail(why)
-
-
-class _Ops:
-    def __init__(self, ops: list[_Op]) -> None:
-        self._ops = ops
-
-    def wait(self) -> None:
-        for op in self._ops:
-            op.wait()
-
-
-def make_peers(layout: Layout, config: EDiTConfig) -> ProcessGroupPeers | ElasticPeers:
-    """The other replicas, as `config` has them; all ranks of this launch call it together."""
-    if not config.elastic:
-        return ProcessGroupPeers(layout, config.longest_wait_seconds)
-    return ElasticPeers(
-        layout, config.longest_wait_seconds, config.heartbeat_seconds, config.straggler_seconds, config.min_replicas,
-        lighthouse_of_this_launch(),
-    )  # fmt: skip
-
-
-def replica_of_this_launch(num_replicas: int) -> int:
-    """The number that `EDIT_REPLICA` gives it.
-
-    Raises:
-        ValueError: there is none, or it is none of 0 ... num_replicas - 1.
-    """
-    given = os.environ.get("EDIT_REPLICA", "")
-    if not given.isdecimal() or int(given) >= num_replicas:
-        raise ValueError(
-            f"elastic=True, and EDIT_REPLICA={given!r}: each replica is a launch of its own, which must know its "
-            f"number. Set EDIT_REPLICA to one of 0 ... {num_replicas - 1}, to another one in each launch."
-        )
-    return int(given)
-
-
-def lighthouse_of_this_launch() -> str:
-    """What `TORCHFT_LIGHTHOUSE` says.
-
-    Raises:
-        ValueError: it says nothing.
-    """
-    address = os.environ.get("TORCHFT_LIGHTHOUSE", "")
-    if ":" not in address.rpartition("://")[2]:
-        raise ValueError(
-            f"elastic=True, and TORCHFT_LIGHTHOUSE={address!r}: the replicas find each other through a lighthouse. "
-            "Start one with `hf-edit lighthouse`, and set TORCHFT_LIGHTHOUSE=host:port in each launch."
-        )
-    return address
+        self._connection.open(meeting, patience)

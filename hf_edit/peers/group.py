@@ -140,9 +140,9 @@ class ProcessGroupPeers:
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> Pending:
         self.bytes_sent += ring_bytes(sum(t.nbytes for t in tensors), self.num_replicas)
-        pieces = [piece for t in tensors for piece in t.view(-1).split(max(1, PIECE_BYTES // t.element_size()))]
+        parts = [piece for t in tensors for piece in pieces(t)]
         with self.arrivals.blame():
-            works = [start(dist.all_reduce, piece, group=self._sync_group_for(piece)) for piece in pieces]
+            works = [start(dist.all_reduce, part, group=self._sync_group_for(part)) for part in parts]
         return _Works(works, self.arrivals)
 
     def all_to_all(self, received: Tensor, sent: Tensor) -> Pending:
@@ -206,3 +206,8 @@ class _Works:
         with self.arrivals.blame():
             for work in self.works:
                 work.wait()
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of `tensor`, which is contiguous: flat, and of at most `PIECE_BYTES` each."""
+    return tensor.view(-1).split(max(1, PIECE_BYTES // tensor.element_size()))

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from hf_edit.config import EDiTConfig
-from hf_edit.peers.elastic import lighthouse_of_this_launch, replica_of_this_launch
+from hf_edit.peers.launch import lighthouse_of_this_launch, replica_of_this_launch
 from hf_edit.peers.layout import Layout, default_num_replicas
 from hf_edit.peers.lighthouse import torchft
 from hf_edit.trainer.checks import (

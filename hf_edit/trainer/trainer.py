@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 import hf_edit.checkpoint.state as checkpoint
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import Conductor
-from hf_edit.peers.elastic import make_peers
+from hf_edit.peers.launch import make_peers
 from hf_edit.peers.layout import Layout, ring_bytes
 from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import is_prepared

@@ -54,7 +54,7 @@ class Dying(ElasticPeers):
 
     def _connect(self, meeting: Meeting) -> None:
         if self.fault == UNREACHABLE:
-            self._fail("no connection to anybody")
+            self._connection.fail("no connection to anybody")
         else:
             super()._connect(meeting)
 
@@ -74,7 +74,7 @@ class Dying(ElasticPeers):
             self.left -= 1
             if self.left == 0:
                 self.note("deaf", members=self.meeting.replicas)
-                self._fail("deaf")
+                self._connection.fail("deaf")
             return rows
 
         return unheard

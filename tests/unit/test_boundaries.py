@@ -31,7 +31,8 @@ ORDER = [
             "membership",
         )
     ),
-    *(f"peers.{name}" for name in ("layout", "faults", "replica", "group", "matrices", "lighthouse", "elastic")),
+    *(f"peers.{name}" for name in ("layout", "faults", "replica", "group", "matrices")),
+    *(f"peers.{name}" for name in ("lighthouse", "connection", "elastic", "launch")),
     "optim.muon",
     *(
         f"sync.{name}"
@@ -71,6 +72,7 @@ ORDER = [
     "trainer.elastic",
     "trainer.trainer",
     "trainer.loop_accelerator",
+    "trainer.loop_checkpoints",
     "trainer.loop",
     *(f"cli.{name}" for name in ("job", "events", "simulation", "plan_page", "plan")),
     *(f"cli.{name}" for name in ("launch", "sizes", "findings", "measure", "check")),

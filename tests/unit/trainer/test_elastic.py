@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import EarlyStoppingCallback, TrainerState
 
 from hf_edit.config import EDiTConfig
-from hf_edit.peers.elastic import lighthouse_of_this_launch, replica_of_this_launch
+from hf_edit.peers.launch import lighthouse_of_this_launch, replica_of_this_launch
 from hf_edit.peers.layout import Layout
 from hf_edit.telemetry.logs import GlobalCount
 from hf_edit.trainer.accelerate_hook import PlacedAccelerator, plan_layout
