@@ -75,7 +75,7 @@ class Connection:
     def fail(self, why: str) -> None:
         """Ends it, because of `why`."""
         if self.error is None:
-            short = why.splitlines()[0][:ERROR_LENGTH]
+            short = (why.splitlines() or ["it does not say why"])[0][:ERROR_LENGTH]
             replica = self._layout.replica
             logger.warning("EDiT: a sync of replica %d came to nothing, and is tried again: %s", replica, short)
         self.error = why

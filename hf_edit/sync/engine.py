@@ -242,10 +242,7 @@ class Engine:
                 return agreed
 
     def join(self) -> set[str]:
-        """Comes to the others' next sync with nothing to tell, and has what they have behind it (elastic).
-
-        Result as of `step`.
-        """
+        """Comes to the others' next sync with nothing to tell, and has what they have (elastic); result of `step`."""
         return self._sync((), whole=True)
 
     def agree(self, requests: Collection[str]) -> set[str]:
@@ -264,14 +261,22 @@ class Engine:
     def close(self) -> None:
         """Training has ended: DDP is left as it was found."""
         release(self._model)
+        self._leave_optimizer()
+
+    def forget_sync(self) -> None:
+        """Gives up a sync under way; the training may go on."""
+        self._rounds.under_way.abandon()
+
+    def abandon(self) -> None:
+        """The training was broken off."""
+        self.forget_sync()
+        self._leave_optimizer()
+
+    def _leave_optimizer(self) -> None:
+        """Which may train on, with another engine."""
         self._inner_rate.remove()
         if self.sync.healing is not None:
             self.sync.healing.close()
-
-    def abandon(self) -> None:
-        """Forgets a sync under way; for a training that was broken off."""
-        self._rounds.under_way.abandon()
-        self._inner_rate.remove()
 
     def _complete(self) -> set[str] | None:
         """Ends the sync that was begun; see `Rounds.complete`."""
@@ -286,17 +291,8 @@ class Engine:
             self.schedule.restart_timer(self.sync.waited_until)
 
     def go_on_at(self, step: int) -> None:
-        """The training goes on after its optimizer step number `step`: ends the warm-up if that lies behind.
-
-        Raises:
-            ValueError: this training is past its warm-up, and `step` is not.
-        """
-        was_warming_up, warming_up = self.warming_up, step < self.config.warmup_steps
-        if warming_up and not was_warming_up:
-            raise ValueError(
-                f"The state is of step {step}, in the warm-up of {self.config.warmup_steps} steps; this training is "
-                "past it. Load the state into a new EDiT."
-            )
+        """The training goes on after its optimizer step number `step`: ends the warm-up if that lies behind."""
+        was_warming_up = self.warming_up
         self.schedule.go_on_at(step)
-        if was_warming_up and not warming_up:
+        if was_warming_up and not self.warming_up:
             self._end_warmup()

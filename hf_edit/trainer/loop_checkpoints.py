@@ -56,11 +56,24 @@ class LoopCheckpoints:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave, on the same layout. A sync that is under way is given up."""
+        """Takes what `state_dict` gave, on the same layout. A sync that is under way is given up.
+
+        Raises:
+            ValueError: it is of another model or method, or of the warm-up, which this training is past.
+        """
         if self._engine is None:
             return
-        self._engine.abandon()
-        self._engine.go_on_at(int(state["counters"]["step"]))
+        step, warmup_steps = int(state["counters"]["step"]), self.config.warmup_steps
+        if step < warmup_steps and not self._engine.warming_up:
+            raise ValueError(
+                f"The state is of step {step}, in the warm-up of {warmup_steps} steps; this training is past it. Load "
+                "the state into a new EDiT."
+            )
+        if not self._engine.warming_up:
+            self._check_names(state)  # before anything changes; in the warm-up there are no anchors yet
+        self._engine.forget_sync()
+        self._engine.go_on_at(step)
+        self._check_names(state)
         sync = self._engine.sync
         if sync.tuning is not None and "tuning" in state:
             sync.tuning.copy_(state["tuning"])
@@ -71,13 +84,18 @@ class LoopCheckpoints:
             for residual in sync.reduction.residuals:
                 residual.zero_()
         mine = outer_tensors(sync, self._training().ranks)
-        mine = {name: tensor for name, tensor in mine.items() if name in state or not name.startswith("residual/")}
-        missing = set(mine) ^ (set(state) - {"counters"})
-        if missing:
-            raise ValueError(f"The state is of another model or method; only one side has: {sorted(missing)[:8]}.")
-        for name, tensor in mine.items():
-            tensor.copy_(state[name])
+        for name in mine.keys() & state.keys():  # codes that are in use here alone have left out nothing there
+            mine[name].copy_(state[name])
         checkpoint.load_counters(self._engine, state["counters"])
+
+    def _check_names(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if the state is not of this model, method and replica."""
+        assert self._engine is not None
+        own = f"residual/{self.layout.replica}/"  # which either side may be without
+        sides = outer_tensors(self._engine.sync, self._training().ranks), state
+        mine, given = ({name for name in side if not name.startswith(own)} for side in sides)
+        if missing := mine ^ (given - {"counters"}):
+            raise ValueError(f"The state is of another model or method; only one side has: {sorted(missing)[:8]}.")
 
     def save(self, folder: str | Path, **stateful: Any) -> None:
         """Writes model, inner optimizer and outer state of all replicas, after a `flush()`. Called on all ranks.

@@ -116,6 +116,14 @@ def a_loop_saves_and_loads() -> dict[str, Any]:
         again = edit.state_dict()
         assert again["counters"] == copy["counters"]
         assert all(torch.equal(local_part(again[n]), local_part(t)) for n, t in copy.items() if isinstance(t, Tensor))
+        loop.train(edit, batches=4, skip=6)
+        counters = edit.state_dict()["counters"]
+        for wrong in ("anchor/of.another.model", "residual/9/of.another.replica"):
+            with pytest.raises(
+                ValueError, match=re.escape(f"of another model or method; only one side has: ['{wrong}']")
+            ):
+                edit.load_state_dict({**copy, wrong: torch.zeros(1)})
+        assert edit.state_dict()["counters"] == counters, "what is refused has changed nothing"
 
     loop = Loop(config)
     with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
@@ -178,7 +186,7 @@ def a_loop_keeps_codes_fragments_and_settings() -> dict[str, Any]:
 
 def a_loop_with_a_warm_up() -> dict[str, Any]:
     """It may end in it; and a state from after it goes into a new loop, whose warm-up is then over, too."""
-    config = EDiTConfig(sync_interval=3, warmup_steps=2)
+    config = EDiTConfig(sync_interval=3, warmup_steps=2, inner_lr_scale=0.5)
     loop = Loop(config)
     with EDiT(loop.accelerator, loop.model, loop.optimizer, config) as edit:
         loop.train(edit, batches=1)
@@ -193,7 +201,10 @@ def a_loop_with_a_warm_up() -> dict[str, Any]:
         again = edit.state_dict()
         assert again["counters"] == state["counters"]
         assert all(torch.equal(local_part(again[n]), local_part(t)) for n, t in state.items() if isinstance(t, Tensor))
+        before = other.parameters()
         other.train(edit, batches=1, skip=4)
+        moved = max(float((param - before[name]).abs().max()) for name, param in other.parameters().items())
+        assert moved == pytest.approx(0.5e-2, rel=1e-3), "AdamW's first step is the learning rate, here half of it"
         assert edit.logs() == []
         other.train(edit, batches=1, skip=5)
     assert [entry["edit/inner_steps"] for entry in other.logs] == [3], "of steps 3 to 5"
