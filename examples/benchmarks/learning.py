@@ -4,8 +4,8 @@
     python examples/benchmarks/learning.py --train_file train.txt --validation_file validation.txt --json learning.jsonl
     python examples/benchmarks/learning.py --table learning.jsonl --png learning.png
 
-    python examples/benchmarks/learning.py --block 256 --save_base base --train_file train.txt \\
-        --validation_file validation.txt
+    python examples/benchmarks/learning.py --methods sync --optimizers adamw --learning_rates 3e-3 --seeds 0 \\
+        --block 256 --save_base base --train_file train.txt --validation_file validation.txt
     python examples/benchmarks/learning.py --block 256 --base base --lora --steps 160 --warmup 0 \\
         --train_file train.jsonl --validation_file test.jsonl --json finetuning.jsonl
 
@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
     size("--bf16", action="store_true", help="bf16 autocast and torch.compile: for a model that is large for a CPU")
     size("--lora", action="store_true", help="train adapters of --base alone")
     size("--base", type=Path, help="folder of a model to fine-tune; None: a new one is trained")
-    size("--save_base", type=Path, help="train one with AdamW on all ranks together, keep it here, run nothing else")
+    size("--save_base", type=Path, help="keep the model of the last training here")
     files = parser.add_argument_group("files").add_argument
     add_files(files)
     files("--png", type=Path, help="plot the losses over the learning rates here")
@@ -85,11 +85,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     exit_on_signals()
     arguments = parse()
-    if arguments.save_base is not None:
-        cell = {"optimizer": "adamw", "method": "sync", "learning_rate": RATES["adamw"][1], "seed": arguments.seeds[0]}
-        figures = train(make_job(arguments, **cell, save_to=str(arguments.save_base.resolve())), arguments)
-        print(f"{figures['loss']:.4f} nats a byte; saved in {arguments.save_base}")
-        return
     results = read_results(arguments.table) if arguments.table else run_all(arguments)
     print("\n" + table(results))
     if arguments.png:
@@ -106,7 +101,7 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     results = open_results(arguments.json, {**settings, **files})
     for optimizer, method, seed, rate in wanted(arguments, results):
         cell = {"optimizer": optimizer, "method": method, "learning_rate": rate, "seed": seed}
-        job = make_job(arguments, **cell)
+        job = make_job(arguments, **cell, save_to=arguments.save_base and str(arguments.save_base.resolve()))
         run = {**cell, **train(job, arguments)}
         run["bytes_of_a_sync"] = run.pop("sync_bytes")
         add_run(results, run, arguments.json)
