@@ -133,6 +133,17 @@ def test_every_file_has_its_place() -> None:
     assert set(files()) == set(ORDER)
 
 
+@pytest.mark.parametrize("name", ORDER)
+def test_files_and_functions_are_short(name: str) -> None:
+    source = files()[name].read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 300
+    lengths = {
+        node.name: (node.end_lineno or 0) - node.lineno + 1
+        for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)
+    }  # fmt: skip
+    assert {function: lines for function, lines in lengths.items() if lines > 50} == {}
+
+
 def collectives(source: str) -> list[str]:
     """Calls of torch.distributed's collectives, and imports of them."""
     found = []
