@@ -204,6 +204,7 @@ def load_counters(engine: Engine, counters: dict[str, Any]) -> None:
     engine.sync.sync_count, engine.sync.whole = int(counters["sync_count"]), bool(counters["whole"])
     engine.fragments.steps = list(counters["fragment_steps"])
     engine.progress.confirmed = counters["progress"]
+    engine.progress.own_steps, engine.progress.handed_over = engine.schedule.interval_steps, 0
     engine.set_interval()
 
 

@@ -44,7 +44,8 @@ class Engine:
             by names that are equal on all ranks and summed over a replica's.
         on_heal, on_healed: what else a replica that lacks a sync is told (elastic), as JSON takes it, of the last sync;
             and called with it on that one.
-        last_step: global progress at which a sync is due whatever the time (A-EDiT); None: there is no end.
+        last_step: global progress at which a sync is due whatever the time (A-EDiT), and the interval is
+            `sync_interval_end`; None: there is no end.
         clock: monotonic seconds.
         runner: what runs a delayed sync beside the training.
 
@@ -81,7 +82,6 @@ class Engine:
         self.sync = OuterSync(self.units, peers, peers.inside, config, optimizer, clock)
         self.counts = Counts(self.schedule, self.progress, self.fragments, peers.inside.size)
         self.tuning = Tuning(config, parts, self.schedule, self.sync)
-        self._inner_rate = InnerRate(optimizer, config.inner_lr_scale, lambda: self.warming_up)
         self._last_step = last_step
         self.set_interval()
         if self.by_time or self._delay_steps or config.elastic:
@@ -99,6 +99,7 @@ class Engine:
             start_averaging_gradients(model, peers.average)
         else:
             self._end_warmup()
+        self._inner_rate = InnerRate(optimizer, config.inner_lr_scale, lambda: self.warming_up)
 
     def _end_warmup(self) -> None:
         keep_gradients_local(self._model)
@@ -264,13 +265,14 @@ class Engine:
         self._leave_optimizer()
 
     def forget_sync(self) -> None:
-        """Gives up a sync under way; the training may go on."""
-        self._rounds.under_way.abandon()
+        """Gives up a sync under way, as if it had not begun; the training may go on."""
+        if self.sync.pending:
+            self._rounds.take_back()
 
     def abandon(self) -> None:
         """The training was broken off."""
-        self.forget_sync()
         self._leave_optimizer()
+        self.forget_sync()
 
     def _leave_optimizer(self) -> None:
         """Which may train on, with another engine."""

@@ -76,6 +76,7 @@ class Healing:
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._doubts: list[Doubt] = []
         self._stepping = threading.Lock()  # a delayed sync reads the optimizer's state beside the training
+        self._in_step = False
         self._hooks = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
@@ -85,12 +86,17 @@ class Healing:
         """Lets go of the optimizer, which may train on, and would keep the anchors."""
         while self._hooks:
             self._hooks.pop().remove()
+        self._after_step()
 
     def _before_step(self, *_: object) -> None:
-        self._stepping.acquire()
+        if not self._in_step:  # else the last one was broken off
+            self._stepping.acquire()
+            self._in_step = True
 
     def _after_step(self, *_: object) -> None:
-        self._stepping.release()
+        if self._in_step:
+            self._in_step = False
+            self._stepping.release()
 
     def measure(self) -> None:
         """The anchors have been taken: how long the others may have to wait for state that is sent."""

@@ -20,8 +20,8 @@ class Rounds:
     """Begins syncs, and completes them or takes them back.
 
     Args:
-        hooks, runner: as of `ways`.
-        on_begin, on_heal, on_healed: as of `Engine`.
+        hooks: as of `ways`.
+        runner, on_begin, on_heal, on_healed: as of `Engine`.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Rounds:
     def begin(self, requests: Collection[str], way: Blocking, whole: bool) -> None:
         """Starts a sync: of all units if `whole`, else of the fragment that follows."""
         size = self._sync.replica.size
-        tallies, part = self._counts.report(self._sync.sync_count, whole)
         asked = {name: float(name in requests) for name in (*REQUESTS, "barrier")}
         measured = {name: value / size for name, value in self._sync.interval.tallies(self._sync.clock()).items()}
         more = {} if self._on_begin is None else self._on_begin()
+        tallies, part = self._counts.report(self._sync.sync_count, whole)
         more |= self._tuning.tallies(delayed=way is not self.at_once)
         way.begin({**tallies, **asked, "buffers": self._buffers.changed(), **measured, **more}, part)
         self.under_way = way
@@ -65,10 +65,10 @@ class Rounds:
             self._tuning.look(run, plan.tallies)
             committed = self.under_way.carry_out(self._counts.schedule.interval_steps)
         except RuntimeError:
-            self._take_back()
+            self.take_back()
             raise
         if not committed:
-            self._take_back()
+            self.take_back()
             return None
         self._tuning.carried_out()
         shared = plan.tallies
@@ -91,7 +91,7 @@ class Rounds:
         if self._on_healed is not None:
             self._on_healed(given)
 
-    def _take_back(self) -> None:
+    def take_back(self) -> None:
         """The sync under way has come to nothing: all is as if it had not begun."""
         self.under_way.abandon()
         self._counts.take_back(self._sync.clock())

@@ -1,7 +1,8 @@
 """One outer sync (EDiT, Algorithm 2), phase by phase: exchange norms, weigh, reduce, commit, clip, step, write.
 
-What happens in each phase stands here once; when it happens is the business of overlap.py. Until `apply` nothing of
-anchors, outer state, detectors and parameters has changed, so one that fails, or is not committed, is only forgotten.
+What happens stands here once, and of one unit in outer_values.py; when it happens is the business of overlap.py. Until
+`apply` nothing of anchors, outer state, detectors and parameters has changed, so one that fails, or is not committed,
+is only forgotten.
 
 But for the all-reduces, and what a delayed sync does in host memory, everything is on the current stream, so no further
 ordering is needed but that of a unit's all-gather after the write to its shards.
@@ -41,7 +42,8 @@ class OuterSync(OuterValues):
         peers: the other replicas.
         replica: this one's ranks.
         config: the method's settings.
-        optimizer: the inner optimizer; its state of a unit is cleared where the unit went non-finite.
+        optimizer: the inner optimizer; its state of a unit is cleared where the unit went non-finite. None: there is
+            no state, and none to be averaged.
         clock: monotonic seconds.
     """
 

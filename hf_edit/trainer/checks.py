@@ -243,9 +243,12 @@ def check_loop(config: EDiTConfig) -> None:
     refused = {
         "on_loss_spike": (
             config.on_loss_spike != "log",
-            "you see the loss before you step, and can leave out the step",
+            "you see the loss before you step, and may not step",
         ),
-        "balance": (config.balance, "the data are yours to deal out, or set sync_seconds (A-EDiT)"),
+        "balance": (
+            config.balance,
+            "the data are yours to deal out; with sync_seconds (A-EDiT) fast replicas take more steps",
+        ),
         "sync_interval_end": (
             config.sync_interval_end is not None,
             "the number of steps is not known, over which it goes in a straight line",
@@ -253,6 +256,5 @@ def check_loop(config: EDiTConfig) -> None:
     }
     for name, (given, why) in refused.items():
         if given:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r} is EDiTTrainer's alone; in a loop of your own {why}. Leave it out."
-            )
+            value = getattr(config, name)
+            raise ValueError(f"{name}={value!r} is EDiTTrainer's; in a loop of your own {why}. Leave {name} out.")

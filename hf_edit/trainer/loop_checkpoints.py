@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 import hf_edit.checkpoint.state as checkpoint
 from hf_edit.checkpoint.late import LatePart
@@ -69,11 +69,9 @@ class LoopCheckpoints:
                 f"The state is of step {step}, in the warm-up of {warmup_steps} steps; this training is past it. Load "
                 "the state into a new EDiT."
             )
-        if not self._engine.warming_up:
-            self._check_names(state)  # before anything changes; in the warm-up there are no anchors yet
+        self._check_state(state)
         self._engine.forget_sync()
         self._engine.go_on_at(step)
-        self._check_names(state)
         sync = self._engine.sync
         if sync.tuning is not None and "tuning" in state:
             sync.tuning.copy_(state["tuning"])
@@ -84,18 +82,27 @@ class LoopCheckpoints:
             for residual in sync.reduction.residuals:
                 residual.zero_()
         mine = outer_tensors(sync, self._training().ranks)
-        for name in mine.keys() & state.keys():  # codes that are in use here alone have left out nothing there
-            mine[name].copy_(state[name])
+        for name, tensor in mine.items():
+            if name in state:  # codes that are in use here alone have left out nothing there
+                tensor.copy_(state[name])
         checkpoint.load_counters(self._engine, state["counters"])
 
-    def _check_names(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the state is not of this model, method and replica."""
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if it is not of this model, method and replica."""
         assert self._engine is not None
         own = f"residual/{self.layout.replica}/"  # which either side may be without
         sides = outer_tensors(self._engine.sync, self._training().ranks), state
-        mine, given = ({name for name in side if not name.startswith(own)} for side in sides)
-        if missing := mine ^ (given - {"counters"}):
-            raise ValueError(f"The state is of another model or method; only one side has: {sorted(missing)[:8]}.")
+        mine, given = (
+            {(name, tuple(t.shape)) for name, t in side.items() if isinstance(t, Tensor) and not name.startswith(own)}
+            for side in sides
+        )
+        if self._engine.warming_up:  # there are no anchors yet, and what belongs to them
+            params = [pair for unit in self._engine.units for pair in zip(unit.names, unit.params, strict=True)]
+            mine = {(f"anchor/{name}", tuple(param.shape)) for name, param in params}
+            given = {(name, shape) for name, shape in given if name.startswith("anchor/")} or mine
+        if wrong := mine ^ given:
+            names = sorted({name for name, _ in wrong})[:8]
+            raise ValueError(f"The state lacks these or has others, and is of another model or method: {names}.")
 
     def save(self, folder: str | Path, **stateful: Any) -> None:
         """Writes model, inner optimizer and outer state of all replicas, after a `flush()`. Called on all ranks.

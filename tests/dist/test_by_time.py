@@ -119,6 +119,30 @@ def test_the_time_that_a_sync_takes_is_not_the_interval_s(overlap: str, second: 
     assert run_ranks(2, body) == [[[6.0, 6.0], [second, second]]] * 2
 
 
+@pytest.mark.parametrize("overlap", ["none", "forward", "delayed"])
+def test_a_sync_that_is_given_up_is_as_if_it_had_not_begun(overlap: str) -> None:
+    """The next one tells of the 6 steps before it, too, and comes 6 s later: the timer runs again from there."""
+
+    def body(rank: int) -> list[Any]:
+        replica = Replica(rank, 2, step_seconds=1.0, gradient=1.0, sync_seconds=6.0, overlap=overlap, delay_steps=1)
+        engine = replica.engine
+        for _ in range(6):
+            replica.step()
+        if overlap == "none":
+            engine._rounds.begin((), engine._rounds.when_due, whole=False)  # another one, behind that of step 6
+        pending = engine.sync.pending
+        engine.forget_sync()
+        value = engine.progress.value
+        for _ in range(6):
+            replica.step()
+        engine.flush()
+        records = engine.sync.take_records()
+        return [pending, value, [record.plan.tallies["inner_steps"].tolist() for record in records]]
+
+    told = [[6.0, 6.0], [6.0, 6.0]] if overlap == "none" else [[12.0, 12.0]]
+    assert run_ranks(2, body) == [[True, 6.0, told]] * 2
+
+
 def test_a_delayed_sync_by_time() -> None:
     """As above with uniform weights, applied two own steps later: the anchor goes to -7.5, and each replica to where it
     was heading from there: -7.5 - 2 and -7.5 - 6. Those steps count into the next interval."""

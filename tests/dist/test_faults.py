@@ -92,7 +92,7 @@ def test_a_broken_unit_loses_its_inner_optimizer_state_on_that_replica_only() ->
 
     def look(step: int, engine: Any, model: nn.Module, optimizer: Any) -> None:
         if step == 3:  # the spoiled step: its update is NaN in every unit of replica 1
-            original = engine.sync._clear_inner_state
+            original = engine.sync.clear_inner_state
 
             def cleared(unit: Any) -> None:
                 original(unit)
@@ -100,7 +100,7 @@ def test_a_broken_unit_loses_its_inner_optimizer_state_on_that_replica_only() ->
                     [p for p in unit.params if p in optimizer.state]
                 )
 
-            engine.sync._clear_inner_state = cleared
+            engine.sync.clear_inner_state = cleared
         if step == 4:
             counts.setdefault(engine.peers.layout.rank, {})["kept"] = float(
                 all(p in optimizer.state for p in model.parameters())

@@ -259,9 +259,9 @@ def test_the_class_that_passes_over_is_named() -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (dict(on_loss_spike="skip"), "on_loss_spike='skip' is EDiTTrainer's alone; .* you see the loss"),
-        (dict(balance=True), "balance=True is EDiTTrainer's alone; .* the data are yours to deal out"),
-        (dict(sync_interval_end=2), "sync_interval_end=2 is EDiTTrainer's alone; .* the number of steps is not known"),
+        (dict(on_loss_spike="skip"), "on_loss_spike='skip' is EDiTTrainer's; .* you see the loss"),
+        (dict(balance=True), "balance=True is EDiTTrainer's; .* the data are yours to deal out"),
+        (dict(sync_interval_end=2), "sync_interval_end=2 is EDiTTrainer's; .* the number of steps is not known"),
     ],
 )
 def test_what_a_loop_of_ones_own_cannot_have(settings: dict[str, Any], text: str) -> None:
