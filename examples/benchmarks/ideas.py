@@ -50,6 +50,7 @@ class Idea:
             mean's would be of them, tensor by tensor, from the correlation of a gradient with the first moment before.
         local: learning rate of local steps over that of synchronous ones.
         beta: Muon's momentum.
+        rest: learning rate of what AdamW steps over that of Muon.
     """
 
     muon: bool = False
@@ -69,11 +70,13 @@ class Idea:
     squares: str = "own"
     local: float = 1.0
     beta: float = 0.95
+    rest: float = 1.0
 
 
 EDIT = Idea()
 MOMENTS = replace(EDIT, moments=("first", "second"))
 MUON = Idea(muon=True, uniform=True, lr=1.0, momentum=0.0, moments=("first",))
+SYNC_MUON = Idea(muon=True, together=True)
 IDEAS = {
     "sync": Idea(together=True),
     "edit": EDIT,
@@ -99,7 +102,9 @@ IDEAS = {
     "edit-moments-estimated-squares": replace(MOMENTS, follows=1.0, squares="estimated"),
     "average": Idea(uniform=True, lr=1.0, momentum=0.0),
     "average-mean-squares": Idea(uniform=True, lr=1.0, momentum=0.0, squares="mean"),
-    "sync-muon": Idea(muon=True, together=True),
+    "sync-muon": SYNC_MUON,
+    **{f"sync-muon-rest-{by:g}": replace(SYNC_MUON, rest=by) for by in (0.25, 2.0)},
+    **{f"muon-moments-rest-{by:g}": replace(MUON, rest=by) for by in (0.25, 2.0)},
     "muon-average": replace(MUON, moments=()),
     "muon-average-moments": MUON,
     "muon-average-moments-local-1.4": replace(MUON, local=1.4),
@@ -257,17 +262,18 @@ class Training:
         lr *= self.idea.local if step >= self.job.warmup and self.count > 1 else 1.0
         for name, param in self.params.items():
             grad, first, second = grads[name] * along(clip, param), self.first[name], self.second[name]
-            param.mul_(1 - lr * 0.1 * (param.ndim > 2))
+            own = lr if name in self.matrices else lr * self.idea.rest
+            param.mul_(1 - own * 0.1 * (param.ndim > 2))
             if name in self.matrices:
                 first.lerp_(grad, 1 - self.idea.beta)
                 param.add_(
-                    orthogonal(grad.lerp(first, self.idea.beta)), alpha=-lr * 0.2 * math.sqrt(max(param.shape[1:]))
+                    orthogonal(grad.lerp(first, self.idea.beta)), alpha=-own * 0.2 * math.sqrt(max(param.shape[1:]))
                 )
                 continue
             second.mul_(0.95).add_(self.squares(name, grad, first, step), alpha=0.05)
             first.lerp_(grad, 0.1)
             root = (second / (1 - 0.95 ** (step + 1))).sqrt_().add_(1e-8)
-            param.addcdiv_(first / (1 - 0.9 ** (step + 1)), root, value=-lr)
+            param.addcdiv_(first / (1 - 0.9 ** (step + 1)), root, value=-own)
 
     def squares(self, name: str, grad: Tensor, first: Tensor, step: int) -> Tensor:
         """What enters Adam's second moment."""
