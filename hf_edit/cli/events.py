@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_edit import EDiTConfig
-from hf_edit.cli.job import BYTES_PER_ELEMENT, Numbers, Outcome, Settings
+from hf_edit.cli.job import Numbers, Outcome, Settings
 
 FORWARD_SHARE = 1 / 3  # of a step's computation; backward is the rest
 DRAWN_STEPS = (2003, 40009)  # least and most random steps of a replica, used again when they are through
@@ -86,9 +86,9 @@ class SimulatedTraining:
     def __init__(self, numbers: Numbers, settings: Settings, seed: int) -> None:
         self.numbers, self.settings = numbers, settings
         self.replicas = [SimulatedReplica.of(numbers, seed, index) for index in range(numbers.num_replicas)]
-        self.sent_bytes = numbers.sent_bytes(BYTES_PER_ELEMENT[settings.compression])
+        self.sent_bytes = numbers.sync_bytes(settings.compression)
         # Processors do the same work whatever is sent; a slow replica's take longer.
-        work = numbers.sent_bytes(4.0) * numbers.processor_seconds_per_byte / numbers.num_units
+        work = numbers.sync_bytes("none") * numbers.processor_seconds_per_byte / numbers.num_units
         self.unit_work = [work / speed for speed in numbers.all_speeds]
         self.longest_sync = 0.0
         for replica in self.replicas:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hf_edit.method.compression import CODECS, bytes_per_element
 
 BYTES_PER_ELEMENT = {kind: bytes_per_element(kind) for kind in ("none", *CODECS)}
+MOMENTS = ("none", "first", "both")  # EDiTConfig's sync_moments, by their number
 OVERLAPS = ("forward", "delayed", "none")  # in the order in which they are to be taken where all are equally fast
 PROTOCOL_OVERHEAD = 0.05  # Ethernet, IP and TCP headers around 1448 bytes, acknowledgements
 FIRST_WINDOW_BYTES = 10 * 1448  # of a TCP connection that begins, or was idle since the last sync (RFC 6928, 5681)
@@ -36,6 +37,7 @@ class Numbers:
         checkpoint_steps: inner steps between two checkpoints; what is learnt after the last one is lost.
         processor_seconds_per_byte: `CPU_SECONDS_PER_BYTE` over the cores of a replica that trains on processors.
         gradient_bytes: of one parameter's gradient, in synchronous training.
+        moments: of the inner optimizer, that a sync averages, too; fp32, whatever the codes.
         gradients_overlap: they travel beside the backward pass. FSDP2 without accelerators waits for each instead.
 
     Raises:
@@ -56,6 +58,7 @@ class Numbers:
     checkpoint_steps: int = 500
     processor_seconds_per_byte: float = 0.0
     gradient_bytes: float = 4.0
+    moments: int = 0
     gradients_overlap: bool = True
 
     def __post_init__(self) -> None:
@@ -88,6 +91,10 @@ class Numbers:
     def sent_bytes(self, bytes_per_element: float) -> float:
         """What a replica sends in a ring all-reduce of the model."""
         return bytes_per_element * self.parameters * 2 * (self.num_replicas - 1) / self.num_replicas
+
+    def sync_bytes(self, compression: str) -> float:
+        """What a replica sends in a sync."""
+        return self.sent_bytes(BYTES_PER_ELEMENT[compression] + 4 * self.moments)
 
     def link_seconds(self, sent_bytes: float) -> float:
         return 8 * sent_bytes * (1 + PROTOCOL_OVERHEAD) / self.bits_per_second

@@ -12,7 +12,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hf_edit.cli.job import CPU_SECONDS_PER_BYTE, PROTOCOL_OVERHEAD, Numbers, Outcome, Settings
 from hf_edit.cli.simulation import recommend
-from hf_edit.cli.sizes import build_model, model_config, show_bytes, show_count, show_rate, unit_sizes
+from hf_edit.cli.sizes import build_model, model_config, moments, show_bytes, show_count, show_rate, unit_sizes
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.group import Peers, ProcessGroupPeers
 from hf_edit.peers.layout import ring_bytes
@@ -179,7 +179,7 @@ def measure_and_plan(arguments: Any, edit_config: EDiTConfig, say: Callable[[str
         return
     if layout.rank == 0:
         try:
-            _plan(numbers, edit_config, output, arguments.force, say)
+            _plan(replace(numbers, moments=moments(edit_config)), edit_config, output, arguments.force, say)
         except (OSError, ValueError) as error:  # all shall know of it, not wait for this rank
             problem = str(error)
     if (problem := peers.gather_object(problem)[0]) is not None:
@@ -242,7 +242,7 @@ def _slower_link(peers: Peers, device: torch.device, seconds: float, say: Callab
 
 
 def _plan(numbers: Numbers, config: EDiTConfig, output: Path, force: bool, say: Callable[[str], None]) -> None:
-    outcomes = recommend(numbers)
+    outcomes = recommend(numbers, compression=config.compression)
     say("\nshare of the speed without syncs, simulated; the first is taken:")
     for outcome in outcomes[:3]:
         say(f"  {outcome.share:5.3f}  {_describe(outcome.settings)}")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from hf_edit.cli.job import MOMENTS
 from hf_edit.cli.plan_page import LEAST_SYNCS, config_of, page, reasons_against
 from hf_edit.cli.simulation import (
     BYTES_PER_ELEMENT,
@@ -135,6 +136,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         rare.append((action, text))
     parser.add_argument("--compression", choices=BYTES_PER_ELEMENT, default="none", metavar="KIND",
                         help=f"of what a sync sends: {', '.join(BYTES_PER_ELEMENT)}")  # fmt: skip
+    parser.add_argument("--sync-moments", choices=MOMENTS, default="none", metavar="KIND",
+                        help=f"averaged at a sync, too: {', '.join(MOMENTS)}")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of the page")
     parser.add_argument("--help-all", action=_HelpOnAll, nargs=0, const=rare, help="show the rarer settings, too")
 
@@ -175,6 +178,7 @@ def numbers_of(arguments: argparse.Namespace) -> Numbers:
         checkpoint_steps=arguments.checkpoint_steps,
         processor_seconds_per_byte=CPU_SECONDS_PER_BYTE / arguments.cpu if arguments.cpu else 0.0,
         gradient_bytes=arguments.gradient_bytes,
+        moments=MOMENTS.index(arguments.sync_moments),
         gradients_overlap=arguments.cpu is None or arguments.ranks == 1,  # DDP's do, FSDP2's on processors do not
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_edit import EDiTConfig
 from hf_edit.cli.events import elastic_uptime
+from hf_edit.cli.job import MOMENTS
 from hf_edit.cli.simulation import (
     CPU_SECONDS_PER_BYTE,
     TOLERANCE,
@@ -115,6 +116,8 @@ def config_of(numbers: Numbers, best: Outcome) -> dict[str, Any]:
     """The recommended EDiTConfig's fields; with a longer time limit where a sync or the wait for it needs one."""
     assert best.settings is not None
     values: dict[str, Any] = {"num_replicas": numbers.num_replicas, **best.settings.config_fields()}
+    if numbers.moments:
+        values["sync_moments"] = MOMENTS[numbers.moments]
     if 2 * best.longest_sync_seconds > EDiTConfig().sync_timeout_seconds:
         values["sync_timeout_seconds"] = 60.0 * math.ceil(3 * best.longest_sync_seconds / 60)
     EDiTConfig(**values)  # what it would refuse is not recommended

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_edit.cli.job import MOMENTS
 from hf_edit.config import EDiTConfig
 from hf_edit.sync.units import find_units
 
@@ -59,7 +60,7 @@ def keeps_momentum(config: EDiTConfig) -> bool:
 
 def moments(config: EDiTConfig) -> int:
     """Moments of the inner optimizer that a sync averages, too; fp32, whatever the codes."""
-    return {"none": 0, "first": 1, "both": 2}[config.sync_moments]
+    return MOMENTS.index(config.sync_moments)
 
 
 def memory_bytes(config: EDiTConfig, sizes: Sequence[int], num_ranks: int) -> dict[str, float]:

@@ -58,7 +58,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def like_param(param: Tensor, part: Tensor) -> Tensor:
-    """`leave`, this rank's part of something of `param`'s shape, as that whole; shares its memory, on its device."""
+    """`part`, this rank's part of something of `param`'s shape, as that whole; shares its memory, on its device."""
     if not isinstance(param, DTensor):
         return part
     # Private in torch 2.13: DTensor.from_local would copy a part in host memory to the mesh's device, and what is then

@@ -8,22 +8,20 @@ per_device_train_batch_size, so that it needs no more memory than before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
-from transformers import Trainer
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.balance import Balance
 from hf_edit.method.plan import SyncRecord
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
+from hf_edit.trainer.base import TrainerToBe
 from hf_edit.trainer.world import num_targets
-
-_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
 READ_AHEAD = 2  # batches by Accelerate's loader, beside its workers
 
@@ -83,7 +81,7 @@ class UnevenBatchSampler:
                 start += share
 
 
-class TrainerBalance(_TrainerToBe):
+class TrainerBalance(TrainerToBe):
     """The part of `EDiTMixin` that deals rows out by speed."""
 
     edit_config: EDiTConfig

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 import hf_edit.checkpoint.state as checkpoint
@@ -33,8 +33,7 @@ from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.sync.units import reshard
 from hf_edit.trainer.accelerate_hook import full_state_dict, save_sharded, saves_sharded
-
-_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
+from hf_edit.trainer.base import TrainerToBe
 
 
 class EDiTCheckpointMark(TrainerCallback, ExportableState):
@@ -50,7 +49,7 @@ class EDiTCheckpointMark(TrainerCallback, ExportableState):
         return {"args": {"step": self.step}, "attributes": {}}
 
 
-class TrainerCheckpoints(_TrainerToBe):
+class TrainerCheckpoints(TrainerToBe):
     """The part of `EDiTMixin` that saves and resumes; peers, counts and equal replicas are the mixin's own."""
 
     edit_config: EDiTConfig

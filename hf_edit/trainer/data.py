@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from transformers import Trainer
+from typing import Any
 
 from hf_edit.checkpoint.manifest import Manifest
 from hf_edit.method.conductor import Conductor
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
+from hf_edit.trainer.base import TrainerToBe
 from hf_edit.trainer.position import DataPosition
 from hf_edit.trainer.progress import GlobalSteps
 
 logger = logging.getLogger(__name__)
 
-_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
-
-class TrainerData(_TrainerToBe):
+class TrainerData(TrainerToBe):
     """The part of `EDiTMixin` that keeps the position in the data."""
 
     edit_layout: Layout

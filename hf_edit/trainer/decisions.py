@@ -8,20 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import Conductor, Move, Point
 from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.logs import EDiTStats
+from hf_edit.trainer.base import TrainerToBe
 from hf_edit.trainer.progress import FLAGS, FollowProgress, GlobalSteps
-
-_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
 
 class JointJITCheckpoint(JITCheckpointCallback):
@@ -42,7 +40,7 @@ class JointJITCheckpoint(JITCheckpointCallback):
             self.jit_manager.is_checkpoint_requested = False
 
 
-class TrainerDecisions(_TrainerToBe):
+class TrainerDecisions(TrainerToBe):
     """The part of `EDiTMixin` that carries out what the conductor says."""
 
     edit_config: EDiTConfig

@@ -6,11 +6,10 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from hf_edit.checkpoint.late import LatePart
@@ -20,12 +19,11 @@ from hf_edit.peers.elastic import ElasticPeers
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.logs import EDiTStats, GlobalCount
+from hf_edit.trainer.base import TrainerToBe
 from hf_edit.trainer.position import DataPosition
 from hf_edit.trainer.progress import GlobalSteps
 
 logger = logging.getLogger(__name__)
-
-_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
 ENDED = "edit_ended.json"  # in output_dir, by the replica that wrote the last files: the training is over
 # Of the Trainer's state, what its own rules go by at an evaluation.
@@ -40,7 +38,7 @@ class StartAgain(Exception):
         self.checkpoint = checkpoint
 
 
-class TrainerElastic(_TrainerToBe):
+class TrainerElastic(TrainerToBe):
     """The part of `EDiTMixin` for replicas that come and go."""
 
     edit_config: EDiTConfig

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.plan import SyncRecord
@@ -16,9 +16,8 @@ from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.journal import NAME, Journal, description
 from hf_edit.telemetry.logs import EDiTStats, sync_logs
 from hf_edit.telemetry.wandb_run import UnitTable, tell
+from hf_edit.trainer.base import TrainerToBe
 from hf_edit.trainer.progress import GlobalSteps
-
-_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
 # Of the TrainingArguments, what the journal says of a run.
 ARGUMENTS = (
@@ -27,7 +26,7 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-class TrainerLogs(_TrainerToBe):
+class TrainerLogs(TrainerToBe):
     """The part of `EDiTMixin` that logs."""
 
     edit_config: EDiTConfig

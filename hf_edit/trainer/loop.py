@@ -50,7 +50,8 @@ class EDiT(LoopCheckpoints):
         accelerator: made by `EDiT.accelerator`.
         model, optimizer: as `accelerator.prepare` returned them.
         edit_config: an `EDiTConfig`, a dict, a path, or None, as for `EDiTTrainer`.
-        output_dir: where the first process keeps `edit_syncs.jsonl`, for `hf-edit report`; None to keep none.
+        output_dir: where the first process keeps `edit_syncs.jsonl`, for `hf-edit report`; of replicas that are
+            launches of their own each in `replica-I`. None: to keep none.
 
     Raises:
         ValueError: model or accelerator are not prepared for replicas; a setting that EDiT cannot train with.
@@ -87,7 +88,8 @@ class EDiT(LoopCheckpoints):
         self._peers = make_peers(self.layout, self.config)
         self._join(self._start(first_step=0))
         if output_dir is not None and accelerator.is_main_process:
-            self._journal = Journal(Path(output_dir) / NAME)
+            place = Path(output_dir) / f"replica-{self.layout.replica}" if self.config.elastic else Path(output_dir)
+            self._journal = Journal(place / NAME)
             self._begin_journal()
         publish_settings(self.config.to_dict())
         torch_optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -136,8 +138,6 @@ class EDiT(LoopCheckpoints):
             return
         if kind is None:
             self._engine.barrier()
-            if isinstance(self._peers, ElasticPeers):
-                self._peers.close()
             self._note_steps()
             self._keep_logs()
             self._bring_part(at_last=True)
@@ -145,6 +145,8 @@ class EDiT(LoopCheckpoints):
             self._journal.end(self._steps_of_all, error)
         if kind is not None:
             self._engine.abandon()
+        if isinstance(self._peers, ElasticPeers):
+            self._peers.close()  # also after an error: the others do not wait for this replica then
         self._engine.close()
         self._hook.remove()
         self._engine = None

@@ -60,7 +60,6 @@ def make_accelerator(config: EDiTConfig, settings: dict[str, Any]) -> Accelerato
         fsdp_plugin_args=None if plugin is None else {"fsdp_version": plugin.fsdp_version},
         parallelism_config=settings.get("parallelism_config"),
         deepspeed=settings.get("deepspeed_plugin"),
-        accelerator_config=data,
     )
     layout = plan_layout(args, config)
     if layout.num_replicas > 1:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import DefaultFlowCallback, Trainer, TrainerControl
+from transformers import DefaultFlowCallback, TrainerControl
 from transformers.trainer_utils import has_length
 
 from hf_edit.checkpoint.manifest import Manifest, has_edit_state
@@ -20,9 +20,8 @@ from hf_edit.config import EDiTConfig
 from hf_edit.method.schedule import GlobalProgress
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
+from hf_edit.trainer.base import TrainerToBe
 from hf_edit.trainer.checks import passed_over
-
-_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
 FLAGS = {  # the conductor's REQUESTS and the Trainer's flags
     "evaluate": "should_evaluate",
@@ -164,7 +163,7 @@ class _FirstBatches:
         return self._length
 
 
-class TrainerProgress(_TrainerToBe):
+class TrainerProgress(TrainerToBe):
     """The part of `EDiTMixin` that follows the global progress."""
 
     edit_config: EDiTConfig

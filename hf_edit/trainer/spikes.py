@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
-from transformers import Trainer
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import Conductor
@@ -20,13 +19,12 @@ from hf_edit.method.spikes import LossMonitor, Place
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.sync.measure import HostCopy
+from hf_edit.trainer.base import TrainerToBe
 from hf_edit.trainer.position import DataPosition
 from hf_edit.trainer.progress import GlobalSteps
 
-_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
-
-class TrainerSpikes(_TrainerToBe):
+class TrainerSpikes(TrainerToBe):
     """The part of `EDiTMixin` that watches the loss."""
 
     edit_config: EDiTConfig

@@ -8,24 +8,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
-from transformers import Trainer
 
 from hf_edit.method.plan import SyncRecord
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.logs import GlobalCount
+from hf_edit.trainer.base import TrainerToBe
 from hf_edit.trainer.progress import GlobalSteps
 from hf_edit.trainer.world import generators_of, modules_of, num_targets
 
-_TrainerToBe: Any = Trainer if TYPE_CHECKING else object  # so that the mixin knows what it will be mixed into
 
-
-class TrainerStep(_TrainerToBe):
+class TrainerStep(TrainerToBe):
     """The part of `EDiTMixin` that takes steps and counts."""
 
     current_flos: float

@@ -56,6 +56,7 @@ ORDER = [
     *(f"sync.{name}" for name in ("tuned", "overlap", "rounds", "engine")),
     *(f"checkpoint.{name}" for name in ("storage", "manifest", "late", "tensors", "outer", "state")),
     *(f"telemetry.{name}" for name in ("logs", "journal", "wandb_run")),
+    "trainer.base",
     "trainer.checks",
     "trainer.accelerate_hook",
     "trainer.world",

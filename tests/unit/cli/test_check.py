@@ -270,7 +270,7 @@ def test_a_sync_must_fit_into_nccls_time_limit(tmp_path: Path, capsys: pytest.Ca
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"num_replicas": 3}, "num_replicas=3 does not divide the 16 processes"),
     ({}, {"num_replicas": 32}, "num_replicas=32, but only 16 process(es) take part"),
-    ({}, {"sync_interval": 0}, "sync_interval=0: replicas need a whole number of at least 1"),
+    ({}, {"sync_interval": 0}, "sync_interval=0: a whole number of at least 1 is needed"),
     ({}, {"sync_interval": 8, "sync_seconds": 3.0}, "sync_interval=8 and sync_seconds=3.0 are both set"),
     ({}, {"tau": 4}, "Unknown EDiTConfig settings"),
     ({"parallelism_config": axes(2, 4)}, {}, "dp_replicate_size=2 times dp_shard_size=4 is not the 16 processes"),

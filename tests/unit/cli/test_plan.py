@@ -96,6 +96,14 @@ def test_codes_are_part_of_what_is_recommended(capsys: pytest.CaptureFixture[str
     assert "more than 4 replicas: none have been measured" in text
 
 
+def test_moments_are_part_of_what_is_recommended(capsys: pytest.CaptureFixture[str]) -> None:
+    assert 'sync_moments="both"' in said(capsys, JOB + " --sync-moments both")
+    with_them, without = (
+        json.loads(said(capsys, f"{JOB} --sync-moments {kind} --json"))["recommended"] for kind in ("both", "none")
+    )
+    assert with_them["bytes_per_sync"] == 3 * without["bytes_per_sync"]
+
+
 def test_it_says_whether_codes_would_pay(capsys: pytest.CaptureFixture[str]) -> None:
     slow = said(capsys, JOB.replace("1gbit", "50mbit"))
     assert re.search(r"With compression='int8' a sync every \d+ steps would keep", slow), slow

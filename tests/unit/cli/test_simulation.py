@@ -137,6 +137,13 @@ def test_compression_sends_less() -> None:
     assert sent == pytest.approx([25e6, 12.5e6, 25e6 * 260 / 1024, 25e6 * 36 / 256])
 
 
+def test_moments_are_sent_too_and_in_fp32() -> None:
+    sent = [
+        simulate(replace(SMALL, moments=2), replace(NONE, compression=kind)).bytes_per_sync for kind in ("none", "int8")
+    ]
+    assert sent == pytest.approx([3 * 25e6, 2 * 25e6 + 25e6 * 260 / 1024])
+
+
 def test_failures_cost_the_restart_and_what_was_not_saved() -> None:
     numbers = replace(SMALL, bits_per_second=math.inf, hours_between_failures=1.0, checkpoint_steps=1000)
     kept, wall, draws = 0.0, 0.0, random.Random(1)
