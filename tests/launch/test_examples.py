@@ -110,7 +110,7 @@ def test_wrong_data_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     [
         (["--sync_intreval=4"], "--sync_intreval is no flag of this script. Did you mean --sync_interval?"),
         (["--sync_interval=4", "corpus.txt"], "corpus.txt is no flag of this script. --help shows them all."),
-        (["--sync_interval", "0"], "sync_interval=0: replicas need a whole number of at least 1"),
+        (["--sync_interval", "0"], "sync_interval=0: a whole number of at least 1 is needed"),
     ],
 )
 def test_a_wrong_flag_is_refused_by_one_process(words: list[str], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
