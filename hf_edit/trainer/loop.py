@@ -138,15 +138,16 @@ class EDiT(LoopCheckpoints):
             return
         if kind is None:
             self._engine.barrier()
+        else:
+            self._engine.abandon()
+        if isinstance(self._peers, ElasticPeers):
+            self._peers.close()  # so that the others do not wait for this replica
+        if kind is None:
             self._note_steps()
             self._keep_logs()
             self._bring_part(at_last=True)
         if self._journal is not None:
             self._journal.end(self._steps_of_all, error)
-        if kind is not None:
-            self._engine.abandon()
-        if isinstance(self._peers, ElasticPeers):
-            self._peers.close()  # also after an error: the others do not wait for this replica then
         self._engine.close()
         self._hook.remove()
         self._engine = None
