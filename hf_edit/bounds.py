@@ -47,8 +47,8 @@ def check(config: Any) -> None:
     for name, least in AT_LEAST.items():
         value = getattr(config, name)
         if not _is_int(value, least) and not (value is None and name == "num_replicas"):
-            hint = ": inner steps between syncs; 1 to sync after each" if name == "sync_interval" else ""
-            raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed{hint}.")
+            hint = " Give sync_interval=1 to sync after every step." if name == "sync_interval" else ""
+            raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.{hint}")
     for name in ABOVE_ZERO:
         value = getattr(config, name)
         if value is None and name in NONE_IS_OFF:

@@ -31,7 +31,7 @@ def test_the_defaults_are_the_papers_method() -> None:
     [
         (
             dict(sync_interval=0),
-            "sync_interval=0: a whole number of at least 1 is needed: inner steps between syncs; 1 to sync after each",
+            "sync_interval=0: a whole number of at least 1 is needed. Give sync_interval=1 to sync after every step.",
         ),
         (dict(sync_interval=2.5), "sync_interval=2.5"),
         (dict(sync_interval=8, sync_seconds=60.0), "sync_interval=8 and sync_seconds=60.0 are both set"),
