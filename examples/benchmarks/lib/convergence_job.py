@@ -41,6 +41,10 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
         None,
         {"sync_moments": "both", "momentum_follows_lr": True, "overlap": "delayed"},
     ),
+    "edit-delayed-moments-inner-1.4": (
+        None,
+        {"sync_moments": "both", "momentum_follows_lr": True, "inner_lr_scale": 1.4, "overlap": "delayed"},
+    ),
     "edit-length": (None, {"averaging": "length"}),
     "edit-shrinking": (None, {"sync_interval": 24, "sync_interval_end": 8}),
     "average-moments": ("post-local-sgd", {"sync_moments": "both"}),
