@@ -75,8 +75,8 @@ class EDiTConfig:
     inner_lr_scale: float = _knob(
         1.0,
         "Learning rate of inner steps over the schedule's, which synchronous steps take. With AdamW replicas learn "
-        "more at 1.4 from a trained model, or behind some synchronous steps (edit_warmup_steps); from scratch without "
-        "such steps they learn less.",
+        "more at 1.4 behind some synchronous steps (edit_warmup_steps), and did in one fine-tuning without; from "
+        "scratch without such steps they learn less.",
     )
     outer_optimizer: str = _knob(
         "nesterov",

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def main() -> None:
     exit_on_signals()
     arguments = parse()
     results = read_results(arguments.table) if arguments.table else run_all(arguments)
+    if arguments.save_base is not None and not arguments.save_base.exists():
+        sys.exit(f"--save_base {arguments.save_base}: nothing was trained. Give another --json, or leave --table out.")
     print("\n" + table(results))
     if arguments.png:
         draw(results, arguments.png)
