@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ class Idea:
         local: learning rate of local steps over that of synchronous ones.
         beta: Muon's momentum.
         rest: learning rate of what AdamW steps over that of Muon.
+        delay: steps between the beginning of a sync and its application, of those that begin in `late`, shares of all
+            steps.
+        ahead: what a replica does as a delayed sync begins; "momentum": the outer momentum's part of the step, which
+            all know; "own": the whole step, as if its own pseudo-gradient were the average.
+        kept: of what it learns in the delay, as the sync is applied.
     """
 
     muon: bool = False
@@ -71,9 +76,15 @@ class Idea:
     local: float = 1.0
     beta: float = 0.95
     rest: float = 1.0
+    delay: int = 0
+    late: tuple[float, float] = (0.0, 1.0)
+    ahead: str = ""
+    kept: float = 1.0
 
 
 EDIT = Idea()
+FOLLOWS = replace(EDIT, follows=1.0)
+DELAYED = replace(FOLLOWS, delay=4)
 MOMENTS = replace(EDIT, moments=("first", "second"))
 MUON = Idea(muon=True, uniform=True, lr=1.0, momentum=0.0, moments=("first",))
 SYNC_MUON = Idea(muon=True, together=True)
@@ -94,10 +105,10 @@ IDEAS = {
     "edit-cooldown": replace(MOMENTS, cooldown=3.0),
     "edit-shrinking": replace(MOMENTS, tau=24, tau_end=8),
     "edit-growing": replace(MOMENTS, tau=8, tau_end=24),
-    **{f"edit-local-{by:g}": replace(EDIT, follows=1.0, local=by) for by in (1.0, 1.4, 2.0)},
+    **{f"edit-local-{by:g}": replace(FOLLOWS, local=by) for by in (1.0, 1.4, 2.0)},
     **{f"edit-moments-local-{by:g}": replace(MOMENTS, follows=1.0, local=by) for by in (1.4, 2.0)},
-    "edit-mean-squares": replace(EDIT, follows=1.0, squares="mean"),
-    "edit-estimated-squares": replace(EDIT, follows=1.0, squares="estimated"),
+    "edit-mean-squares": replace(FOLLOWS, squares="mean"),
+    "edit-estimated-squares": replace(FOLLOWS, squares="estimated"),
     "edit-moments-mean-squares": replace(MOMENTS, follows=1.0, squares="mean"),
     "edit-moments-estimated-squares": replace(MOMENTS, follows=1.0, squares="estimated"),
     "average": Idea(uniform=True, lr=1.0, momentum=0.0),
@@ -112,6 +123,16 @@ IDEAS = {
     "muon-average-moments-mean-squares": replace(MUON, squares="mean"),
     "muon-gain-1.2": replace(MUON, lr=1.2),
     "muon-momentum-0.5": replace(MUON, lr=0.8, momentum=0.5),
+    **{f"edit-tau-{tau}": replace(FOLLOWS, tau=tau) for tau in (18, 20, 24)},
+    **{f"delayed-{by}": replace(FOLLOWS, delay=by) for by in (1, 2, 4)},
+    "delayed-early": replace(DELAYED, late=(0.0, 0.5)),
+    "delayed-late": replace(DELAYED, late=(0.5, 1.0)),
+    **{f"delayed-ahead-{what}": replace(DELAYED, ahead=what) for what in ("momentum", "own")},
+    **{f"delayed-momentum-{by:g}": replace(DELAYED, momentum=by) for by in (0.6, 0.9)},
+    **{f"delayed-kept-{by:g}": replace(DELAYED, kept=by) for by in (0.0, 0.5)},
+    **{f"delayed-local-{by:g}": replace(DELAYED, local=by) for by in (1.4, 2.0)},
+    **{f"delayed-kept-0.5-local-{by:g}": replace(DELAYED, kept=0.5, local=by) for by in (1.4, 2.0)},
+    "delayed-tau-12": replace(DELAYED, tau=12),
     "muon-edit": replace(EDIT, muon=True, moments=("first",)),
 }
 
@@ -185,6 +206,15 @@ def table(results: dict[str, Any]) -> str:
     return markdown_table(heading, rows)
 
 
+@dataclass
+class UnderWay:
+    """A sync that has begun: where the replicas were, what their moments change by, and the step that applies it."""
+
+    params: Tensors
+    moments: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    due: int = 0
+
+
 class Training:
     """All replicas' tensors, the first axis being the replica."""
 
@@ -210,6 +240,7 @@ class Training:
         self.syncs, self.cosines, self.rates = 0, list[float](), list[float]()
         self.before: Tensor | None = None
         self.seen: Tensors = {}
+        self.under_way: UnderWay | None = None
 
     def run(self) -> dict[str, float]:
         """The final loss, and what was seen."""
@@ -225,6 +256,8 @@ class Training:
             self.step(step, tokens.view(self.count, self.batch, 2, -1))
             if self.count > 1 and step >= job.warmup:
                 since += 1
+                if self.under_way is not None and step >= self.under_way.due:
+                    self.apply(since)
                 if since >= self.tau(step) or step == job.steps - 1:
                     self.sync(step, since)
                     since = 0
@@ -288,7 +321,10 @@ class Training:
         return grad * grad * along(signal + (1 - signal) / self.job.num_replicas, grad)
 
     def sync(self, step: int, since: int) -> None:
-        """Weigh, average, step the anchor."""
+        """Weigh, average, step the anchor; and the replicas, at once or `delay` steps later."""
+        if self.under_way is not None:
+            self.apply(since)
+        now = UnderWay({name: param.clone() for name, param in self.params.items()})
         averages: Tensors = {}
         for names in self.units.values():
             deltas = {name: self.anchor[name] - self.params[name] for name in names}
@@ -301,18 +337,61 @@ class Training:
             for kind in self.idea.moments:
                 for name in names:
                     moment = (self.first if kind == "first" else self.second)[name]
-                    moment[:] = mean(moment, weights)
+                    now.moments[kind, name] = mean(moment, weights) - moment
         flat = torch.cat([average.flatten() for average in averages.values()])
         if self.before is not None:
             self.cosines.append(float(torch.cosine_similarity(flat, self.before, dim=0)))
         self.before = flat
+        ahead = self.foresee(step, since)
         self.move(averages, step, since)
-        for name, param in self.params.items():
-            param[:] = self.anchor[name]
         self.syncs += 1
+        first, end = self.idea.late
+        late = first <= step / self.job.steps < end and step < self.job.steps - 1
+        now.due = step + self.idea.delay * late
+        self.under_way = now
+        if now.due == step:
+            self.apply(0)
+            return
+        for name, by in ahead.items():
+            self.params[name].sub_(by)
+            now.params[name].sub_(by)
+
+    def foresee(self, step: int, since: int) -> Tensors:
+        """By how much each replica goes ahead while a sync is under way, of its outer step that is to come."""
+        lr, momentum, kept = self.outer(step, since)
+        ahead: Tensors = {}
+        for name, param in self.params.items():
+            velocity, own = momentum * kept * self.velocity[name], self.anchor[name] - param
+            if self.idea.ahead == "own":
+                ahead[name] = lr * (own + momentum * (velocity + own)) - own
+            elif self.idea.ahead == "momentum":
+                ahead[name] = (lr * momentum * velocity)[None]
+        return ahead
+
+    def apply(self, after: int) -> None:
+        """The sync under way, so many steps after it has begun."""
+        now, self.under_way = self.under_way, None
+        assert now is not None
+        for name, param in self.params.items():
+            param[:] = self.anchor[name] + self.idea.kept * (param - now.params[name])
+        for (kind, name), by in now.moments.items():
+            moments, forgets = (self.first, 0.9) if kind == "first" else (self.second, 0.95)
+            moments[name].add_(by * forgets**after)
 
     def move(self, averages: Tensors, step: int, since: int) -> None:
         """The outer step."""
+        lr, momentum, kept = self.outer(step, since)
+        for name, average in averages.items():
+            velocity, anchor = self.velocity[name], self.anchor[name]
+            if self.idea.rule == "qhm":
+                velocity.mul_(momentum).add_(average, alpha=1 - momentum)
+                anchor.sub_(lr * ((1 - self.idea.nu) * average + self.idea.nu * velocity))
+            else:
+                velocity.mul_(momentum * kept).add_(average)
+                anchor.sub_(lr * (average + momentum * velocity))
+
+    def outer(self, step: int, since: int) -> tuple[float, float, float]:
+        """The outer step's learning rate, its momentum, and what the momentum keeps beside."""
         idea, momentum = self.idea, self.idea.momentum
         if idea.rule == "cosine":
             recent = self.cosines[-8:]
@@ -325,14 +404,7 @@ class Training:
         lr = 1 - (1 - idea.lr) * momentum / idea.momentum if idea.momentum and idea.rule != "qhm" else idea.lr
         now, earlier = statistics.fmean(self.rates[-since:]), self.rates[-since - idea.tau : -since]
         kept = min(1.0, now / statistics.fmean(earlier)) ** idea.follows if self.syncs else 1.0
-        for name, average in averages.items():
-            velocity, anchor = self.velocity[name], self.anchor[name]
-            if idea.rule == "qhm":
-                velocity.mul_(momentum).add_(average, alpha=1 - momentum)
-                anchor.sub_(lr * ((1 - idea.nu) * average + idea.nu * velocity))
-            else:
-                velocity.mul_(momentum * kept).add_(average)
-                anchor.sub_(lr * (average + momentum * velocity))
+        return lr, momentum, kept
 
     @torch.no_grad()
     def evaluate(self) -> float:
