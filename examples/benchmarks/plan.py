@@ -288,6 +288,9 @@ def choice_table(cells: list[Cell]) -> str:
     return markdown_table(heading, rows) + f"\n\n{near} of {len(rows)} choices are within {TOLERANCE:g} of the fastest."
 
 
+PAGE = {"plan": table, "plan_summary": summary, "plan_choices": choice_table}  # what a page may call for
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", nargs="?", type=int, const=-1, metavar="CELLS",

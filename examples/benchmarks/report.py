@@ -22,6 +22,7 @@ import ideas
 import learning
 import overhead
 import peers
+import plan
 import slow_network
 import soak
 import stale
@@ -41,6 +42,11 @@ def read(name: str) -> dict[str, Any]:
     return read_results(RESULTS / f"{name}.jsonl")
 
 
+@functools.cache
+def plan_cells() -> list[plan.Cell]:
+    return plan.all_cells()
+
+
 def table(name: str) -> str:
     """The table that a page calls `name`: a results file, for convergence with the scenario after a space.
 
@@ -49,6 +55,8 @@ def table(name: str) -> str:
     """
     if name == "overview":
         return overview.table(read)
+    if name in plan.PAGE:
+        return plan.PAGE[name](plan_cells())
     file, _, scenario = name.partition(" ")
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
         "slow_network": slow_network.table,
