@@ -129,6 +129,13 @@ def judge_settings(config: EDiTConfig, launch: Launch, layout: Layout, findings:
                     f"{name}={getattr(config, name)!r} has no effect with {cause}={getattr(config, cause)!r}. "
                     f"Leave it out, or set {instead}."
                 )
+    late = 2 * config.delay_steps if config.overlap == "delayed" and config.sync_seconds is None else 0
+    if config.tune != "auto" and 4 * late > config.sync_interval:
+        findings.notes.append(
+            f"delay_steps={config.delay_steps} beside sync_interval={config.sync_interval}: replicas learn about as "
+            f"much as with prompt syncs every {config.sync_interval + late} steps. compression='int8' needs a quarter "
+            "of the delay, and with a longer interval it counts for less."
+        )
     if config.weighting == "steps" and config.sync_seconds is None:
         warn(
             "weighting='steps' is no other than 'uniform' with sync_interval, where all replicas take as many steps. "

@@ -19,6 +19,7 @@ from hf_edit.cli.simulation import (
     Outcome,
     Settings,
     interval_steps,
+    learning_steps,
     recommend,
     simulate,
     synchronous,
@@ -139,10 +140,7 @@ def recommendation(numbers: Numbers, best: Outcome, outcomes: Sequence[Outcome])
         lines.append(f"Should the link give half of its rate, it keeps {percent(half.share)}.")
     if best.settings.overlap == "delayed":
         plain = next(each for each in outcomes if each.settings and each.settings.overlap == "forward")
-        fields_of = ", ".join(
-            f"{name}={value}" for name, value in (plain.settings or Settings()).config_fields().items()
-        )
-        lines.append(f"Without a delay the best is {fields_of}: {percent(plain.share)}.")
+        lines.append(f"Without a delay the best is {_words(plain)}: {percent(plain.share)}.")
     if best.settings.compression == "none":
         lines.append(_what_codes_give(numbers, best, outcomes))
     if numbers.hours_between_failures:
@@ -159,12 +157,17 @@ def _what_codes_give(numbers: Numbers, best: Outcome, outcomes: Sequence[Outcome
     taus = sorted({outcome.settings.sync_interval for outcome in outcomes if outcome.settings})
     coded = recommend(numbers, taus, "int8")[0]
     assert coded.settings is not None
-    before, after = (interval_steps(numbers, outcome.settings or Settings()) for outcome in (best, coded))
+    before, after = (learning_steps(numbers, outcome.settings or Settings()) for outcome in (best, coded))
     if after < 0.75 * before:
-        return f"With compression='int8' a sync every {after:.3g} steps would keep {percent(coded.share)}."
+        return f"With {_words(coded)} it learns more and keeps {percent(coded.share)}."
     if coded.share > best.share + TOLERANCE:
         return f"With compression='int8' it would keep {percent(coded.share)}."
-    return f"compression does not pay here: int8 would keep {percent(coded.share)} with a sync every {after:.3g} steps."
+    every = interval_steps(numbers, coded.settings)
+    return f"compression does not pay here: int8 would keep {percent(coded.share)} with a sync every {every:.3g} steps."
+
+
+def _words(outcome: Outcome) -> str:
+    return ", ".join(f"{name}={value}" for name, value in (outcome.settings or Settings()).config_fields().items())
 
 
 def comparison(numbers: Numbers, best: Outcome, together: Outcome) -> list[str]:
@@ -216,7 +219,10 @@ def _too_slow(numbers: Numbers, best: Outcome) -> str:
 
 def caveats(numbers: Numbers, best: Outcome, steps: int | None) -> list[str]:
     """What the simulation does not know, as far as it matters for this job."""
-    lines = ["- what a setting costs in learning: a larger tau learns less from the same tokens, a delay may, too"]
+    lines = [
+        "- what a setting costs in learning: a larger tau learns less from the same tokens; a step of delay counts as "
+        "two of tau"
+    ]
     settings = best.settings or Settings()
     if settings.overlap == "delayed":
         if settings.delay_steps > LARGEST_MEASURED_DELAY:

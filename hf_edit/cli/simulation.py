@@ -118,16 +118,15 @@ def recommend(numbers: Numbers, taus: Sequence[int] = TAUS, compression: str = "
 
 
 def rank(outcomes: Sequence[Outcome], numbers: Numbers) -> list[Outcome]:
-    """First the one to take: of those whose share is within `TOLERANCE` of the best, the one that syncs most often,
-    since less frequent syncs learn less; of equal ones by steps before by time, and the plainer overlap. Then the
-    others by share.
+    """First the one to take: of those whose share is within `TOLERANCE` of the best, the one that learns most (fewest
+    `learning_steps`); of equal ones by steps before by time, and the plainer overlap. Then the others by share.
     """
     best = max(outcomes, key=lambda outcome: outcome.share)
 
     def preference(outcome: Outcome) -> tuple[float, ...]:
         settings = outcome.settings or Settings(1)
         delay_steps = settings.delay_steps if settings.overlap == "delayed" else 0
-        return (round(math.log2(interval_steps(numbers, settings))), settings.sync_seconds is not None,
+        return (round(math.log2(learning_steps(numbers, settings))), settings.sync_seconds is not None,
                 OVERLAPS.index(settings.overlap), delay_steps)  # fmt: skip
 
     near = sorted((outcome for outcome in outcomes if outcome.share >= best.share - TOLERANCE), key=preference)
@@ -135,8 +134,8 @@ def rank(outcomes: Sequence[Outcome], numbers: Numbers) -> list[Outcome]:
         (outcome for outcome in outcomes if outcome.share < best.share - TOLERANCE), key=lambda each: -each.share
     )
     all_near = f"within {100 * TOLERANCE:g} % of the best share ({best.share:.3f})"
-    ordered = [replace(outcome, reason=f"is {all_near}, but syncs less often or is less plain") for outcome in near]
-    ordered[0] = replace(near[0], reason=f"syncs most often of all {all_near}; less frequent syncs learn less")
+    ordered = [replace(outcome, reason=f"is {all_near}, but learns less or is less plain") for outcome in near]
+    ordered[0] = replace(near[0], reason=f"learns most of all {all_near}: rarer and later syncs learn less")
     return ordered + [replace(each, reason=f"is {best.share - each.share:.3f} below the best share") for each in others]
 
 
@@ -145,3 +144,10 @@ def interval_steps(numbers: Numbers, settings: Settings) -> float:
     if settings.sync_seconds is None:
         return settings.sync_interval
     return float(f"{settings.sync_seconds * numbers.steps_per_second:.2g}")
+
+
+def learning_steps(numbers: Numbers, settings: Settings) -> float:
+    """Inner steps of the interval whose prompt syncs learn as much: replicas that apply a sync d steps late are as far
+    apart as with 2 d steps more between two (measured, examples/benchmarks/ideas.py).
+    """
+    return interval_steps(numbers, settings) + (2 * settings.delay_steps if settings.overlap == "delayed" else 0)

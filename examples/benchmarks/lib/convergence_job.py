@@ -37,6 +37,11 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "edit-moments-inner-2": (None, {"sync_moments": "both", "momentum_follows_lr": True, "inner_lr_scale": 2.0}),
     "edit-delayed-follows-lr": (None, {"overlap": "delayed", "momentum_follows_lr": True}),
+    "edit-delayed-2": (None, {"overlap": "delayed", "delay_steps": 2, "momentum_follows_lr": True}),
+    "edit-delayed-1-int8": (
+        None,
+        {"overlap": "delayed", "delay_steps": 1, "compression": "int8", "momentum_follows_lr": True},
+    ),
     "edit-delayed-moments-follows-lr": (
         None,
         {"sync_moments": "both", "momentum_follows_lr": True, "overlap": "delayed"},

@@ -229,6 +229,26 @@ def test_settings_without_effect(
     assert (check.code, Check(capsys, *words, "--strict").code) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"sync_interval": 32, "delay_steps": 8}, 48),
+        ({"sync_interval": 32, "delay_steps": 4}, None),
+        ({"sync_interval": 32, "delay_steps": 8, "tune": "auto"}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_long_delay_costs(
+    settings: dict[str, Any], steps: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit = edit_file(tmp_path, overlap="delayed", **settings)
+    check = Check(capsys, "--config_file", str(CONFIGS / "two_nodes_8gpu.yaml"), "--edit_config", edit, "--strict")
+    assert check.code == 0, "no warning"
+    found = [note for note in check.of("note") if "replicas learn about as much" in note]
+    assert len(found) == (steps is not None)
+    assert all(f"as with prompt syncs every {steps} steps" in note for note in found)
+
+
 @pytest.mark.parametrize("preset", ["edit", "a-edit", "diloco", "post-local-sgd"])
 def test_presets_have_an_effect(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = EDiTConfig.preset(preset).to_dict()

@@ -106,7 +106,9 @@ def test_moments_are_part_of_what_is_recommended(capsys: pytest.CaptureFixture[s
 
 def test_it_says_whether_codes_would_pay(capsys: pytest.CaptureFixture[str]) -> None:
     slow = said(capsys, JOB.replace("1gbit", "50mbit"))
-    assert re.search(r"With compression='int8' a sync every \d+ steps would keep", slow), slow
+    assert re.search(r"With sync_interval=\d+, overlap=delayed, .*compression=int8 it learns more and\s+keeps", slow), (
+        slow
+    )
     assert "compression does not pay here" in said(capsys, JOB.replace("1gbit", "unlimited"))
 
 

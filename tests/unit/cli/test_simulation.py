@@ -17,6 +17,7 @@ from hf_edit.cli.simulation import (
     Numbers,
     Settings,
     candidates,
+    learning_steps,
     needed_delay_steps,
     rank,
     recommend,
@@ -239,13 +240,24 @@ def test_varying_steps_cost_waiting_which_grows_with_the_root_of_the_interval() 
 # -- the recommendation -----------------------------------------------------------------------------------------------
 
 
-def test_the_recommended_one_syncs_most_often_of_the_fast() -> None:
+def test_the_recommended_one_learns_most_of_the_fast() -> None:
     outcomes = recommend(SMALL)
     best = max(outcome.share for outcome in outcomes)
     near = [o.settings.sync_interval for o in outcomes if o.settings and o.share >= best - TOLERANCE]
     assert outcomes[0].settings == Settings(8, None, "delayed", 6)
     assert outcomes[0].settings.sync_interval == min(near)
-    assert "less frequent syncs learn less" in outcomes[0].reason
+    assert "rarer and later syncs learn less" in outcomes[0].reason
+
+
+def test_a_step_of_delay_counts_as_two_of_the_interval() -> None:
+    prompt, late = Settings(32), Settings(16, None, "delayed", 14)
+    assert [learning_steps(SMALL, each) for each in (prompt, late)] == [32, 44]
+    outcomes = [replace(simulate(SMALL, each), share=1.0) for each in (late, Settings(64), prompt)]
+    assert [outcome.settings for outcome in rank(outcomes, SMALL)] == [prompt, late, Settings(64)]
+
+
+def test_everything_is_tried() -> None:
+    outcomes = recommend(SMALL)
     assert len(outcomes) == len(candidates(SMALL)) == 24
 
 
