@@ -75,8 +75,8 @@ class EDiTConfig:
     inner_lr_scale: float = _knob(
         1.0,
         "Learning rate of inner steps over the schedule's, which synchronous steps take. With AdamW replicas learn "
-        "more at 1.4 behind some synchronous steps (edit_warmup_steps), and did in one fine-tuning without; from "
-        "scratch without such steps they learn less.",
+        "more at 1.4 behind some synchronous steps (edit_warmup_steps); without these they learn less, but for one "
+        "fine-tuning of the larger of two models.",
     )
     outer_optimizer: str = _knob(
         "nesterov",
@@ -133,7 +133,7 @@ class EDiTConfig:
     delay_steps: int = _knob(
         4,
         'Inner steps between the start and the application of a sync with overlap="delayed"; with sync_seconds fewer '
-        "where the next sync is due before.",
+        "where the next sync is due before. In learning, a step of delay costs what two steps of sync_interval do.",
     )
     compression: Literal["none", "bf16", "int8", "int4"] = _knob(
         "none",

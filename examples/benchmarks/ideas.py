@@ -106,7 +106,12 @@ IDEAS = {
     "edit-shrinking": replace(MOMENTS, tau=24, tau_end=8),
     "edit-growing": replace(MOMENTS, tau=8, tau_end=24),
     **{f"edit-local-{by:g}": replace(FOLLOWS, local=by) for by in (1.0, 1.4, 2.0)},
-    **{f"edit-moments-local-{by:g}": replace(MOMENTS, follows=1.0, local=by) for by in (1.4, 2.0)},
+    **{f"edit-moments-local-{by:g}": replace(MOMENTS, follows=1.0, local=by) for by in (0.7, 1.4, 2.0)},
+    **{
+        f"edit-moments-tau-{tau}-to-{end}": replace(MOMENTS, follows=1.0, tau=tau, tau_end=end)
+        for tau, end in ((16, 16), (8, 24), (4, 28), (24, 8))
+    },
+    "edit-moments-warmup-2": replace(MOMENTS, follows=1.0, warmup=2),
     "edit-mean-squares": replace(FOLLOWS, squares="mean"),
     "edit-estimated-squares": replace(FOLLOWS, squares="estimated"),
     "edit-moments-mean-squares": replace(MOMENTS, follows=1.0, squares="mean"),
@@ -119,7 +124,9 @@ IDEAS = {
     "muon-average": replace(MUON, moments=()),
     "muon-average-moments": MUON,
     "muon-average-moments-local-1.4": replace(MUON, local=1.4),
-    "muon-average-moments-beta-0.97": replace(MUON, beta=0.97),
+    **{f"muon-average-moments-beta-{by:g}": replace(MUON, beta=by) for by in (0.9, 0.975)},
+    **{f"sync-muon-beta-{by:g}": replace(SYNC_MUON, beta=by) for by in (0.9, 0.975)},
+    "muon-average-moments-tau-8-to-24": replace(MUON, tau=8, tau_end=24),
     "muon-average-moments-mean-squares": replace(MUON, squares="mean"),
     "muon-gain-1.2": replace(MUON, lr=1.2),
     "muon-momentum-0.5": replace(MUON, lr=0.8, momentum=0.5),
