@@ -133,7 +133,7 @@ class EDiTConfig:
     delay_steps: int = _knob(
         4,
         'Inner steps between the start and the application of a sync with overlap="delayed"; with sync_seconds fewer '
-        "where the next sync is due before. In learning, a step of delay costs what two steps of sync_interval do.",
+        "where the next sync is due before. In learning, a step of delay costs about what two of sync_interval do.",
     )
     compression: Literal["none", "bf16", "int8", "int4"] = _knob(
         "none",

@@ -12,6 +12,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from torch import nn
 
 from hf_edit.cli.launch import Launch
+from hf_edit.cli.simulation import DELAY_WEIGHT
 from hf_edit.config import EDiTConfig
 from hf_edit.peers.layout import Layout
 from hf_edit.trainer.accelerate_hook import plan_layout
@@ -129,12 +130,14 @@ def judge_settings(config: EDiTConfig, launch: Launch, layout: Layout, findings:
                     f"{name}={getattr(config, name)!r} has no effect with {cause}={getattr(config, cause)!r}. "
                     f"Leave it out, or set {instead}."
                 )
-    late = 2 * config.delay_steps if config.overlap == "delayed" and config.sync_seconds is None else 0
-    if config.tune != "auto" and 4 * late > config.sync_interval:
+    late = config.overlap == "delayed" and config.sync_seconds is None and config.tune != "auto"
+    if late and 8 * config.delay_steps > config.sync_interval:
+        steps = config.sync_interval + DELAY_WEIGHT * config.delay_steps
+        codes = "compression='int8' needs a quarter of the delay, and " if config.compression == "none" else ""
         findings.notes.append(
             f"delay_steps={config.delay_steps} beside sync_interval={config.sync_interval}: replicas learn about as "
-            f"much as with prompt syncs every {config.sync_interval + late} steps. compression='int8' needs a quarter "
-            "of the delay, and with a longer interval it counts for less."
+            f"much as with prompt syncs every {steps} steps. Take no longer delay than the network needs: {codes}"
+            "beside a longer sync_interval it counts for less."
         )
     if config.weighting == "steps" and config.sync_seconds is None:
         warn(

@@ -22,13 +22,14 @@ from hf_edit.cli.job import (
 )
 
 __all__ = [
-    "BYTES_PER_ELEMENT", "CPU_SECONDS_PER_BYTE", "OVERLAPS", "PROTOCOL_OVERHEAD", "TAUS", "TOLERANCE", "Numbers",
-    "Outcome", "Settings", "candidates", "interval_steps", "needed_delay_steps", "rank", "recommend", "simulate",
-    "synchronous",
+    "BYTES_PER_ELEMENT", "CPU_SECONDS_PER_BYTE", "DELAY_WEIGHT", "OVERLAPS", "PROTOCOL_OVERHEAD", "TAUS", "TOLERANCE",
+    "Numbers", "Outcome", "Settings", "candidates", "interval_steps", "learning_steps", "needed_delay_steps", "rank",
+    "recommend", "simulate", "synchronous",
 ]  # fmt: skip
 
 TAUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 TOLERANCE = 0.02  # of the best share, that a smaller tau may cost
+DELAY_WEIGHT = 2  # steps of an interval that a step of delay costs in learning
 NUM_SYNCS = 64
 SETTLING_SYNCS = 12  # first, and not counted: all start at once, and a delay lets the fast get ahead for a while
 
@@ -150,4 +151,5 @@ def learning_steps(numbers: Numbers, settings: Settings) -> float:
     """Inner steps of the interval whose prompt syncs learn as much: replicas that apply a sync d steps late are as far
     apart as with 2 d steps more between two (measured, examples/benchmarks/ideas.py).
     """
-    return interval_steps(numbers, settings) + (2 * settings.delay_steps if settings.overlap == "delayed" else 0)
+    late = settings.delay_steps if settings.overlap == "delayed" else 0
+    return interval_steps(numbers, settings) + DELAY_WEIGHT * late

@@ -233,6 +233,7 @@ def test_settings_without_effect(
     ("settings", "steps"),
     [
         ({"sync_interval": 32, "delay_steps": 8}, 48),
+        ({"sync_interval": 32, "delay_steps": 8, "compression": "int4"}, 48),
         ({"sync_interval": 32, "delay_steps": 4}, None),
         ({"sync_interval": 32, "delay_steps": 8, "tune": "auto"}, None),
         ({}, None),
@@ -247,6 +248,7 @@ def test_what_a_long_delay_costs(
     found = [note for note in check.of("note") if "replicas learn about as much" in note]
     assert len(found) == (steps is not None)
     assert all(f"as with prompt syncs every {steps} steps" in note for note in found)
+    assert all(("compression='int8'" in note) == ("compression" not in settings) for note in found)
 
 
 @pytest.mark.parametrize("preset", ["edit", "a-edit", "diloco", "post-local-sgd"])
