@@ -6,7 +6,7 @@ Every refusal is a ValueError that names the value, the rule and the way out.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 AT_LEAST = {
     **dict.fromkeys(
@@ -20,16 +20,6 @@ ABOVE_ZERO = (
     "sync_timeout_seconds", "loss_spike_threshold", "heartbeat_seconds", "straggler_seconds",
 )  # fmt: skip
 TRUE_OR_FALSE = ("balance", "elastic", "momentum_follows_lr", "offload_outer_state")
-CHOICES = {
-    "outer_optimizer": ("nesterov", "sgd", "none"),
-    "weighting": ("norm", "relative", "uniform", "steps"),
-    "averaging": ("mean", "length"),
-    "sync_moments": ("none", "first", "both"),
-    "overlap": ("none", "forward", "delayed"),
-    "compression": ("none", "bf16", "int8", "int4"),
-    "tune": ("off", "advise", "auto"),
-    "on_loss_spike": ("log", "skip", "rollback", "stop"),
-}
 NOT_INFINITE = {
     "sync_timeout_seconds": "a replica that never comes must be noticed; give an end to it",
     "heartbeat_seconds": "a replica that is gone must be noticed; give an end to it",
@@ -61,7 +51,7 @@ def check(config: Any) -> None:
         raise ValueError(f"outer_momentum={config.outer_momentum!r}: a number in [0, 1) is needed.")
     if not _is_number(config.ema_alpha) or not 0 < config.ema_alpha <= 1:
         raise ValueError(f"ema_alpha={config.ema_alpha!r}: a number in (0, 1] is needed.")
-    for name, choices in CHOICES.items():
+    for name, choices in _choices(type(config)).items():
         value = getattr(config, name)
         if value not in choices and not (name == "outer_optimizer" and callable(value)):
             also = ", or a callable params -> torch.optim.Optimizer" if name == "outer_optimizer" else ""
@@ -110,6 +100,12 @@ def _check_elastic(config: Any) -> None:
             f"elastic=True with {name}={getattr(config, name)!r}, which counts on all replicas being here, "
             f"or on state that cannot be sent. Leave {name} out."
         )
+
+
+def _choices(kind: type) -> dict[str, tuple[str, ...]]:
+    """What the settings take that are one of a few words."""
+    literals = {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
+    return {"outer_optimizer": ("nesterov", "sgd", "none"), **literals}
 
 
 def _check_triggers(config: Any) -> None:

@@ -12,8 +12,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from torch import nn
 
 from hf_edit.cli.launch import Launch
-from hf_edit.cli.simulation import DELAY_WEIGHT
 from hf_edit.config import EDiTConfig
+from hf_edit.method.tuning import learning_steps
 from hf_edit.peers.layout import Layout
 from hf_edit.trainer.accelerate_hook import plan_layout
 from hf_edit.trainer.checks import check_plugin, check_wrapping, flag, never_due, wants_fsdp
@@ -132,7 +132,7 @@ def judge_settings(config: EDiTConfig, launch: Launch, layout: Layout, findings:
                 )
     late = config.overlap == "delayed" and config.sync_seconds is None and config.tune != "auto"
     if late and 8 * config.delay_steps > config.sync_interval:
-        steps = config.sync_interval + DELAY_WEIGHT * config.delay_steps
+        steps = learning_steps(config.sync_interval, config.delay_steps)
         codes = "compression='int8' needs a quarter of the delay, and " if config.compression == "none" else ""
         findings.notes.append(
             f"delay_steps={config.delay_steps} beside sync_interval={config.sync_interval}: replicas learn about as "

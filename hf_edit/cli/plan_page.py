@@ -19,9 +19,9 @@ from hf_edit.cli.simulation import (
     Outcome,
     Settings,
     interval_steps,
-    learning_steps,
     recommend,
     simulate,
+    steps_to_learn_in,
     synchronous,
 )
 
@@ -157,7 +157,7 @@ def _what_codes_give(numbers: Numbers, best: Outcome, outcomes: Sequence[Outcome
     taus = sorted({outcome.settings.sync_interval for outcome in outcomes if outcome.settings})
     coded = recommend(numbers, taus, "int8")[0]
     assert coded.settings is not None
-    before, after = (learning_steps(numbers, outcome.settings or Settings()) for outcome in (best, coded))
+    before, after = (steps_to_learn_in(numbers, outcome.settings or Settings()) for outcome in (best, coded))
     if after < 0.75 * before:
         return f"With {_words(coded)} it learns more and keeps {percent(coded.share)}."
     if coded.share > best.share + TOLERANCE:

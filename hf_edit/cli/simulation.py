@@ -20,16 +20,16 @@ from hf_edit.cli.job import (
     Outcome,
     Settings,
 )
+from hf_edit.method.tuning import learning_steps
 
 __all__ = [
-    "BYTES_PER_ELEMENT", "CPU_SECONDS_PER_BYTE", "DELAY_WEIGHT", "OVERLAPS", "PROTOCOL_OVERHEAD", "TAUS", "TOLERANCE",
-    "Numbers", "Outcome", "Settings", "candidates", "interval_steps", "learning_steps", "needed_delay_steps", "rank",
-    "recommend", "simulate", "synchronous",
+    "BYTES_PER_ELEMENT", "CPU_SECONDS_PER_BYTE", "OVERLAPS", "PROTOCOL_OVERHEAD", "TAUS", "TOLERANCE", "Numbers",
+    "Outcome", "Settings", "candidates", "interval_steps", "needed_delay_steps", "rank", "recommend", "simulate",
+    "steps_to_learn_in", "synchronous",
 ]  # fmt: skip
 
 TAUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 TOLERANCE = 0.02  # of the best share, that a smaller tau may cost
-DELAY_WEIGHT = 2  # steps of an interval that a step of delay costs in learning
 NUM_SYNCS = 64
 SETTLING_SYNCS = 12  # first, and not counted: all start at once, and a delay lets the fast get ahead for a while
 
@@ -127,7 +127,7 @@ def rank(outcomes: Sequence[Outcome], numbers: Numbers) -> list[Outcome]:
     def preference(outcome: Outcome) -> tuple[float, ...]:
         settings = outcome.settings or Settings(1)
         delay_steps = settings.delay_steps if settings.overlap == "delayed" else 0
-        return (round(math.log2(learning_steps(numbers, settings))), settings.sync_seconds is not None,
+        return (round(math.log2(steps_to_learn_in(numbers, settings))), settings.sync_seconds is not None,
                 OVERLAPS.index(settings.overlap), delay_steps)  # fmt: skip
 
     near = sorted((outcome for outcome in outcomes if outcome.share >= best.share - TOLERANCE), key=preference)
@@ -147,9 +147,7 @@ def interval_steps(numbers: Numbers, settings: Settings) -> float:
     return float(f"{settings.sync_seconds * numbers.steps_per_second:.2g}")
 
 
-def learning_steps(numbers: Numbers, settings: Settings) -> float:
-    """Inner steps of the interval whose prompt syncs learn as much: replicas that apply a sync d steps late are as far
-    apart as with 2 d steps more between two (measured, examples/benchmarks/ideas.py).
-    """
+def steps_to_learn_in(numbers: Numbers, settings: Settings) -> float:
+    """`learning_steps` of these settings."""
     late = settings.delay_steps if settings.overlap == "delayed" else 0
-    return interval_steps(numbers, settings) + DELAY_WEIGHT * late
+    return learning_steps(interval_steps(numbers, settings), late)

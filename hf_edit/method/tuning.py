@@ -1,7 +1,7 @@
 """Settings that find themselves: how often to sync, how much later to apply it, and in how few bytes. Pure.
 
 From what the replicas measured of their last syncs and told in the exchange, so that all come to the same settings. The
-aim: nothing of a sync keeps the training waiting, and syncs are no rarer than that needs.
+aim: nothing of a sync keeps the training waiting, and syncs are no rarer and no later than that needs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,26 @@ from torch import Tensor
 from hf_edit.method.compression import bytes_per_element
 
 KINDS = ("none", "bf16", "int8", "int4")  # from most to fewest bytes
+COARSER = {"none": "int8", "bf16": "int8", "int8": "int4", "int4": None}  # what is tried next
 FEWEST_STEPS = 16  # of an interval: shorter ones learn less (the outer momentum multiplies the learning rate)
 MARGIN = 1.25  # of the delay over the network's seconds
 GROWTH = 8  # of an interval at once, so that one pause of the network does not set it
 WORK_SHARE = 0.01  # of an interval that a sync's own work may take
 KEPT = 3  # measurements; a slower network counts at once, a faster one when all of them say so
 SLACK = 0.6  # an interval is kept while more of it is needed than this
+SPARED = 1.6  # times the steps to learn in, for which coarser codes are taken; they learn as much (measured)
+BACK = 1.2  # finer ones again, where they need no more than so many times the steps
+DELAY_WEIGHT = 2  # steps of an interval that a step of delay costs in learning
+
+
+def learning_steps(interval: float, delay_steps: float) -> float:
+    """Inner steps of the interval whose prompt syncs learn as much: replicas that apply a sync d steps late are as far
+    apart as with 2 d steps more between two (measured, examples/benchmarks/ideas.py).
+
+    >>> learning_steps(16, 4)
+    24
+    """
+    return interval + DELAY_WEIGHT * delay_steps
 
 
 @dataclass(frozen=True)
@@ -73,8 +87,8 @@ class Tuner:
     """Looks at what was measured of each sync, and says what is to be in force.
 
     Args:
-        wanted: what the user has set. Codes become coarser only where that spares many steps of an interval, and never
-            finer than these.
+        wanted: what the user has set. Codes become coarser where that spares many `learning_steps`, and never finer
+            than these.
         parts: the fragments, of which each has a sync in an interval.
 
     >>> from dataclasses import replace
@@ -109,10 +123,12 @@ class Tuner:
         )
 
     def _chosen(self, now: Tuned, sure: bool) -> Tuned:
-        kinds = [self.wanted.compression, *(k for k in ("int8", "int4") if _coarser(k, self.wanted.compression))]
-        limits = {kind: self._fewest * 2 ** (1 + place) for place, kind in enumerate(kinds)}
-        kind = next((kind for kind in kinds if self._needed(kind)[0] <= limits[kind]), kinds[-1])
-        if _coarser(now.compression, kind) and not (sure and self._needed(kind)[0] <= 0.8 * limits[kind]):
+        kind = self.wanted.compression
+        while (coarser := COARSER[kind]) is not None and self._length(kind) >= SPARED * self._length(coarser):
+            kind = coarser
+        if _coarser(now.compression, kind) and not (
+            sure and self._length(kind) <= BACK * self._length(now.compression)
+        ):
             kind = now.compression
         interval, delay = self._needed(kind)
         interval = min(interval, GROWTH * max(now.interval, self._fewest))
@@ -129,6 +145,10 @@ class Tuner:
         delay = math.ceil(MARGIN * network / self._step - 1e-9) + 1
         spread = min(self.wanted.interval, math.ceil(work / (WORK_SHARE * self._step)))
         return _rounded(max(self._fewest, delay, spread)), delay
+
+    def _length(self, compression: str) -> float:
+        interval, delay = self._needed(compression)
+        return learning_steps(self.parts * interval, delay)
 
     @property
     def _step(self) -> float:

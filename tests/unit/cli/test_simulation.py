@@ -17,11 +17,11 @@ from hf_edit.cli.simulation import (
     Numbers,
     Settings,
     candidates,
-    learning_steps,
     needed_delay_steps,
     rank,
     recommend,
     simulate,
+    steps_to_learn_in,
     synchronous,
 )
 
@@ -251,7 +251,7 @@ def test_the_recommended_one_learns_most_of_the_fast() -> None:
 
 def test_a_step_of_delay_counts_as_two_of_the_interval() -> None:
     prompt, late = Settings(32), Settings(16, None, "delayed", 14)
-    assert [learning_steps(SMALL, each) for each in (prompt, late)] == [32, 44]
+    assert [steps_to_learn_in(SMALL, each) for each in (prompt, late)] == [32, 44]
     outcomes = [replace(simulate(SMALL, each), share=1.0) for each in (late, Settings(64), prompt)]
     assert [outcome.settings for outcome in rank(outcomes, SMALL)] == [prompt, late, Settings(64)]
 

@@ -123,7 +123,7 @@ def test_a_share_in_pieces_is_its_whole(labels: str) -> None:
     plain, pieces = MeanTrainer(), InPieces(3, 7)
     expected = plain.training_step(plain.model, {"x": x, "labels": target}, None)
     found = pieces._step_in_pieces(pieces.model, {"x": x, "labels": target}, None)
-    assert pieces.seen == [3, 3, 1]
+    assert pieces.seen == [2, 2, 3]
     assert pieces.current_gradient_accumulation_steps == 2
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(pieces.model.head.weight.grad, plain.model.head.weight.grad)
