@@ -51,6 +51,10 @@ class TrainerData(TrainerToBe):
         self._position = DataPosition(self.callback_handler.train_dataloader, *self._begin_at, self._saved_position)
         self._begin_at, self._saved_position, self._is_restored = (0, 0), None, False
 
+    def _end_position(self) -> None:
+        if hasattr(self, "_position"):  # the training has begun
+            self._position.let_go()
+
     def _position_state(self) -> dict[str, Any]:
         return {**self._position.state(), "batch": self._batch()}
 

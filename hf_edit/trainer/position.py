@@ -48,9 +48,8 @@ class DataPosition:
         self._parts = parts_of(loader)
         self._left_over = 0
         self._leads = False  # the loader is told of this epoch, not of the Trainer's
-        self._given: Any = None
-        self._iterator: Iterator[Any] = iter(())
         self._forget()
+        self.let_go()
 
     @classmethod
     def behind(cls, loader: Any, epoch: int, num_batches: int) -> DataPosition:
@@ -63,6 +62,12 @@ class DataPosition:
         }  # fmt: skip
         position.must_move = position._leads = True
         return position
+
+    def let_go(self) -> None:
+        """Of the epoch's iterator. Its workers end with it, at once here; the garbage collector, which comes when their
+        queues are closed, would wait 5 s for each (torch 2.13)."""
+        self._given: Any = None
+        self._iterator: Iterator[Any] = iter(())
 
     def _forget(self) -> None:
         self._began: dict[str, Any] | None = None
@@ -95,6 +100,7 @@ class DataPosition:
         """The next epoch will begin; `unused` of this one's last batches have entered no optimizer step."""
         self.epoch, self.num_batches, self._left_over = self.epoch + 1, 0, unused
         self._forget()
+        self.let_go()
 
     # -- out
 

@@ -134,6 +134,8 @@ class EDiTMixin(
         except BaseException as error:
             self._close_journal(error)
             raise
+        finally:
+            self._end_position()
 
     def _keep_driver_last(self) -> None:
         self._driver.stand_last()

@@ -6,6 +6,7 @@ of a plain Trainer on the same data, and report its losses.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from typing import Any
 
@@ -123,6 +124,7 @@ def run(
     if args.torch_compile:
         trainer.evaluate()  # leaves a compiled model that is not sharded yet
     trainer.train(resume)
+    assert not multiprocessing.active_children(), "they read no more; the garbage collector waits 5 s for each"
     return trainer
 
 

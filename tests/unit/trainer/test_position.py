@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -311,6 +312,20 @@ def test_with_workers(kind: str) -> None:
         batches, problem = resumed(kind, 2, 1, checkpoint)
         assert problem is None
         assert batches == whole[checkpoint[0] :], checkpoint[0]
+
+
+@pytest.mark.parametrize("end", ["of the epoch", "of the training"])
+def test_workers_end_when_nothing_more_is_drawn(end: str) -> None:
+    """Also in the middle of an epoch. Those of an iterator that the garbage collector finds are waited for 5 s each."""
+    position = DataPosition(loader := prepared("sampled: grouped by length", 2, 1))
+    drawing = position.watch(iter(loader))
+    next(drawing)
+    assert len(multiprocessing.active_children()) == 2
+    if end == "of the epoch":
+        position.end_epoch(0)
+    else:
+        position.let_go()
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize(("make", "most"), [(StatefulStream, 12), (lambda: hub(4), 12), (lambda: hub(1), ROWS)])
