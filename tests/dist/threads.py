@@ -5,8 +5,10 @@ The only file that touches torch.testing._internal (torch 2.11 to 2.15), which n
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,8 +49,9 @@ def run_ranks(world_size: int, body: Callable[[int], Any], timeout: float = 60.0
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world_size)]
     try:
-        for thread in threads:
-            thread.start()
+        with on_one_core():
+            for thread in threads:
+                thread.start()
         for thread in threads:
             thread.join(timeout)
         hanging = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
@@ -62,3 +65,19 @@ def run_ranks(world_size: int, body: Callable[[int], Any], timeout: float = 60.0
     if hanging:
         raise TimeoutError(f"ranks {hanging} still run after {timeout} s")
     return results
+
+
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """Threads that begin inside share a core. On several, they hand the interpreter's lock across at every operation,
+    which takes more time than the operations."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {cores[worker % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
