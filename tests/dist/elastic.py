@@ -1,14 +1,11 @@
-"""Replicas that come and go, as processes of their own: what one of them does, and what keeps them.
-
-python -m tests.dist.elastic REPLICA FAULT FOLDER     (a process of `Replicas`)
-"""
+"""Replicas that come and go, as processes of their own: what one of them does, and what keeps them."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -161,22 +158,57 @@ def replica(number: int, fault: str, folder: Path) -> None:
     peers.close()
 
 
+SERVER = multiprocessing.get_context("forkserver")  # what is forked there need not import torch again
+SERVER.set_forkserver_preload([__name__])
+
+
+def live(number: int, fault: str, folder: Path, lighthouse: str, output: Path) -> None:
+    with output.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["TORCHFT_LIGHTHOUSE"] = lighthouse
+    try:
+        replica(number, fault, folder)
+    finally:
+        sys.stdout.flush()
+
+
+class Life:
+    """A process of `replica`, from its start to its end; as `subprocess.Popen`."""
+
+    def __init__(self, *args: Any) -> None:
+        self._process = SERVER.Process(target=live, args=args)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
 class Replicas:
     """Starts a lighthouse, and processes of `replica`; what they have noted."""
 
     def __init__(self, folder: Path, num_replicas: int, pauses: Sequence[float], **settings: Any) -> None:
         self.folder = folder
         self.server = serve(0, HEARTBEAT_SECONDS)
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.processes: dict[int, Life] = {}
         text = json.dumps({"num_replicas": num_replicas, "pauses": list(pauses), **settings})
         (folder / "settings.json").write_text(text)
 
     def start(self, number: int, fault: str = NEVER) -> None:
         port = self.server.address().rpartition(":")[2]
-        env = {**os.environ, "TORCHFT_LIGHTHOUSE": f"127.0.0.1:{port}"}
-        words = [sys.executable, "-m", "tests.dist.elastic", str(number), fault, str(self.folder)]
-        with (self.folder / f"output-{number}.txt").open("ab") as output:
-            self.processes[number] = subprocess.Popen(words, env=env, stdout=output, stderr=output)
+        output = self.folder / f"output-{number}.txt"
+        self.processes[number] = Life(number, fault, self.folder, f"127.0.0.1:{port}", output)
 
     def start_both(self) -> None:
         for number in (0, 1):
@@ -218,7 +250,3 @@ class Replicas:
             process.kill()
             process.wait()
         self.server.shutdown()
-
-
-if __name__ == "__main__":
-    replica(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
