@@ -14,6 +14,8 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from lib.hosts import Hosts, unavailable
 from lib.results import add_run, open_results
 
 FIRST_STEPS, INNER_STEPS = 4, 20
-STEPS = 40  # by time, the slower host takes fewer
+STEPS = {False: FIRST_STEPS + INNER_STEPS + 2, True: 40}  # by time, the slower host takes fewer
 TRIGGERS = {False: {"sync_interval": 1000}, True: {"sync_seconds": 1e6}}  # none but the end
 
 
@@ -37,31 +39,43 @@ def main() -> None:
     if (reason := unavailable()) is not None:
         sys.exit(f"traffic.py: {reason}")
     results = open_results(arguments.json, {})
-    result = measure(arguments.per_host, arguments.busy, arguments.by_time, arguments.compression)
+    [result] = measure(arguments.per_host, [Job(arguments.busy, arguments.by_time, arguments.compression)])
     for name, value in result.items():
         print(f"{name:<32}{value}")
     if arguments.json:
         add_run(results, result, arguments.json)
 
 
-def measure(per_host: int, busy: bool, by_time: bool = False, compression: str = "none") -> dict[str, object]:
-    """Bytes that host 0 and host 1 send."""
+@dataclass(frozen=True)
+class Job:
+    busy: bool
+    by_time: bool = False
+    compression: str = "none"
+
+
+def measure(per_host: int, jobs: Sequence[Job]) -> list[dict[str, object]]:
+    """Bytes that host 0 and host 1 send in each of `jobs`, one after the other in the same processes."""
+    todo = [(STEPS[job.by_time], {**TRIGGERS[job.by_time], "compression": job.compression}, job.busy) for job in jobs]
     with tempfile.TemporaryDirectory() as folder, Hosts(2) as hosts:
-        job = (folder, str(STEPS), json.dumps({**TRIGGERS[by_time], "compression": compression}), str(int(busy)))
-        hosts.torchrun(per_host, "lib.traffic_worker", *job)
+        hosts.torchrun(per_host, "lib.traffic_worker", folder, json.dumps(todo))
         reports = [json.loads(Path(folder, f"{host}.json").read_text(encoding="utf-8")) for host in (0, 1)]
-    assert reports[0]["world_size"] == 2 * per_host, reports
-    assert reports[0]["num_replicas"] == 2, reports
-    sent = [report["sent"] for report in reports]
-    return {
-        "ranks_per_host": per_host,
-        "busy": busy,
-        "by_time": by_time,
-        "compression": compression,
-        "parameter_bytes": reports[0]["parameter_bytes"],
-        "bytes_of_20_inner_steps": [host[FIRST_STEPS + INNER_STEPS - 1] - host[FIRST_STEPS - 1] for host in sent],
-        "bytes_of_one_sync": [(host[-1] - host[-2]) // reports[0]["syncs"] for host in sent],
-    }
+    found: list[dict[str, object]] = []
+    for job, *both in zip(jobs, *reports, strict=True):
+        assert both[0]["world_size"] == 2 * per_host, both
+        assert both[0]["num_replicas"] == 2, both
+        sent = [report["sent"] for report in both]
+        found.append(
+            {
+                "ranks_per_host": per_host,
+                **asdict(job),
+                "parameter_bytes": both[0]["parameter_bytes"],
+                "bytes_of_20_inner_steps": [
+                    host[FIRST_STEPS + INNER_STEPS - 1] - host[FIRST_STEPS - 1] for host in sent
+                ],
+                "bytes_of_one_sync": [(host[-1] - host[-2]) // both[0]["syncs"] for host in sent],
+            }
+        )
+    return found
 
 
 def table(results: dict[str, Any]) -> str:

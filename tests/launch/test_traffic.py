@@ -13,7 +13,7 @@ from tests.launch.launching import ROOT
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
 
 from lib.hosts import Hosts, command, unavailable
-from traffic import measure
+from traffic import Job, measure
 
 SEND = """
 import socket, sys, time
@@ -60,21 +60,21 @@ def test_what_tcp_sends_again_is_not_counted() -> None:
 
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 @pytest.mark.parametrize(
-    ("per_host", "busy", "by_time"), [(2, True, False), (1, True, False), (2, False, False), (2, True, True)]
-)
-def test_inner_steps_send_nothing_and_a_sync_the_parameters_once(per_host: int, busy: bool, by_time: bool) -> None:
-    figures = measure(per_host, busy, by_time)
-    for host in (0, 1):
-        assert abs(figures["bytes_of_20_inner_steps"][host]) < 4096, figures
-        sent, needed = figures["bytes_of_one_sync"][host], figures["parameter_bytes"]
-        assert 0.95 * needed < sent < 1.02 * needed + 65536, figures
-
-
-@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-@pytest.mark.parametrize(("compression", "most"), [("int8", 0.27), ("int4", 0.15)])
-def test_a_compressed_sync_sends_a_part(compression: str, most: float) -> None:
-    """Protocol, norms and scales counted."""
-    figures = measure(2, busy=False, compression=compression)
-    for host in (0, 1):
-        assert abs(figures["bytes_of_20_inner_steps"][host]) < 4096, figures
-        assert 0.5 * most < figures["bytes_of_one_sync"][host] / figures["parameter_bytes"] < most, figures
+    ("per_host", "jobs"),
+    [
+        (1, [Job(busy=True)]),
+        (2, [Job(busy=True), Job(busy=False), Job(busy=True, by_time=True), Job(busy=False, compression="int8"),
+             Job(busy=False, compression="int4")]),
+    ],
+)  # fmt: skip
+def test_inner_steps_send_nothing_and_a_sync_the_parameters_once(per_host: int, jobs: list[Job]) -> None:
+    """Or a part of them, as codes; protocol, norms and scales counted."""
+    for job, figures in zip(jobs, measure(per_host, jobs), strict=True):
+        for host in (0, 1):
+            assert abs(figures["bytes_of_20_inner_steps"][host]) < 4096, figures
+            sent, needed = figures["bytes_of_one_sync"][host], figures["parameter_bytes"]
+            if job.compression == "none":
+                assert 0.95 * needed < sent < 1.02 * needed + 65536, figures
+            else:
+                most = {"int8": 0.27, "int4": 0.15}[job.compression]
+                assert 0.5 * most < sent / needed < most, figures

@@ -1,6 +1,6 @@
-"""One rank of traffic.py: trains a Llama on random tokens. Arguments: folder, steps, EDiTConfig's settings, busy.
+"""One rank of traffic.py: trains a Llama on random tokens, once for each job. Arguments: folder, jobs.
 
-The first rank of each host writes FOLDER/HOST.json.
+A job is its steps, EDiTConfig's settings, and whether to be busy. The first rank of each host writes FOLDER/HOST.json.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ class Count(TrainerCallback):
 
 def main() -> None:
     folder = sys.argv[1]
-    steps, settings, busy = map(json.loads, sys.argv[2:])
+    reports = [train(*job) for job in json.loads(sys.argv[2])]
+    if os.environ["LOCAL_RANK"] == "0":
+        Path(folder, os.environ["GROUP_RANK"] + ".json").write_text(json.dumps(reports), encoding="utf-8")
+
+
+def train(steps: int, settings: dict[str, Any], busy: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     parameter_bytes = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
@@ -67,15 +72,13 @@ def main() -> None:
         optimizer_cls_and_kwargs=muon(args) if busy else None,
     )  # fmt: skip
     trainer.train()
-    if trainer.is_local_process_zero():
-        report = {
-            "world_size": trainer.accelerator.num_processes,
-            "num_replicas": trainer.edit_layout.num_replicas,
-            "parameter_bytes": parameter_bytes,
-            "syncs": trainer.edit_stats.syncs,
-            "sent": count.sent,
-        }
-        Path(folder, os.environ["GROUP_RANK"] + ".json").write_text(json.dumps(report), encoding="utf-8")
+    return {
+        "world_size": trainer.accelerator.num_processes,
+        "num_replicas": trainer.edit_layout.num_replicas,
+        "parameter_bytes": parameter_bytes,
+        "syncs": trainer.edit_stats.syncs,
+        "sent": count.sent,
+    }
 
 
 if __name__ == "__main__":
