@@ -13,18 +13,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# In tests/launch, what has launches of its own.
+ALONE = {
+    f"tests/launch/test_{name}.py" for name in ("check", "elastic", "losing", "refusals", "report_page", "traffic")
+}
+
 torch.set_num_threads(1)  # several ranks share few cores
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` one process runs the launches, which share processes and often wait, and one all other tests."""
+    """With `-n 2` one process runs the examples and what shares launches, and one all other tests, as long."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Layers(LoadScopeScheduling):
         # Overridden as xdist's own schedulers do (3.8), whose groups have no effect with pytest 9.2. If it moves, tests
         # are dealt out module by module.
         def _split_scope(self, nodeid: str) -> str:
-            return "launch" if nodeid.startswith("tests/launch/") else "others"
+            file = nodeid.partition("::")[0]
+            return "launch" if file.startswith("tests/launch/") and file not in ALONE else "others"
 
     return Layers(config, log)
