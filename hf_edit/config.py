@@ -153,7 +153,7 @@ class EDiTConfig:
     tune: Literal["off", "advise", "auto"] = _knob(
         "off",
         'With "delayed": "auto" sets sync_interval, delay_steps and compression (never finer than yours) so that '
-        'nothing waits for a sync and syncs are no rarer than that needs, from what they measure; "advise" only says.',
+        'nothing waits for a sync and replicas learn most, from what syncs measure; "advise" only says.',
     )
     balance: bool = _knob(
         False,
