@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,7 +52,8 @@ def make_accelerator(config: EDiTConfig, settings: dict[str, Any]) -> Accelerato
     on_cpu = settings.get("cpu") or flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     settings = {**settings, "cpu": on_cpu}
     state = PartialState(cpu=on_cpu)
-    data = settings.get("dataloader_config") or DataLoaderConfiguration(use_seedable_sampler=True)
+    # A copy, for it is changed and the user's.
+    data = copy.copy(settings.get("dataloader_config")) or DataLoaderConfiguration(use_seedable_sampler=True)
     plugin = settings.get("fsdp_plugin")
     args = SimpleNamespace(  # what TrainingArguments would say
         world_size=state.num_processes,

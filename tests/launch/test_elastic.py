@@ -172,7 +172,7 @@ def test_the_demo_and_what_it_leaves(tmp_path: Path) -> None:
         str(ROOT / "examples" / "elastic_demo.py"), "--num_replicas", "2", "--faults", "1", "--fault_seconds", "1",
         "--away_seconds", "0", "--output_dir", str(folder), "--max_steps", "1200", *small,
     ]  # fmt: skip
-    output = run(words, 400.0, {})
+    output = run(words, 700.0, {})
     assert "replica 0 is launched again" in output or "replica 1 is launched again" in output
     summary = json.loads((folder / "elastic.json").read_text())
     assert summary["faults"] == 1

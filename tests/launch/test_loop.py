@@ -18,6 +18,7 @@ SCENARIOS = [
     "loops_of_different_length_end_together",
     "a_loop_need_not_ask_for_its_logs",
     "steps_that_fp16_skips_end_a_sync_under_way",
+    "what_the_accelerator_is_given_stays",
     "what_a_loop_refuses",
 ]
 

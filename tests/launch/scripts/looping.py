@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
@@ -305,6 +306,14 @@ class SelfMoving(torch.optim.SGD):
     def train(self) -> None: ...
 
     def eval(self) -> None: ...
+
+
+def what_the_accelerator_is_given_stays() -> dict[str, Any]:
+    given = DataLoaderConfiguration(dispatch_batches=True)
+    accelerator = EDiT.accelerator(EDiTConfig(), dataloader_config=given)
+    assert not accelerator.dataloader_config.dispatch_batches
+    assert given.dispatch_batches, "the configuration is the user's"
+    return {}
 
 
 def what_a_loop_refuses() -> dict[str, Any]:
