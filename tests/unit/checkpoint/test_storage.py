@@ -37,6 +37,8 @@ def test_every_dtype_that_a_tensor_can_have_comes_back(tmp_path: Path) -> None:
             continue  # not one that a tensor here can have
     tensors |= {"scalar": torch.tensor(2.0), "empty": torch.zeros(0, 4)}
     assert len(tensors) > 10
+    usual = (*(f"int{bits}" for bits in (8, 16, 32, 64)), "uint8", "bool", "float16", "bfloat16", "float32", "float64")
+    assert {f"torch.{name}" for name in usual} <= tensors.keys()
     write(tensors, tmp_path, None)
     saved = saved_tensors(tmp_path)
     assert {name: meta.properties.dtype for name, meta in saved.items()} == {n: t.dtype for n, t in tensors.items()}
