@@ -6,9 +6,12 @@ The only file that touches torch.testing._internal (torch 2.11 to 2.15), which n
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -24,6 +27,28 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 # segmentation fault if two threads enter first.
 with FakeTensorMode():
     pass
+
+
+class _Rank:
+    """A thread for all tests: DTensor remembers by thread how its operations are sharded, which takes longer to find
+    out than most tests. (It remembers process groups by name, that is by the order in which a test makes them.)"""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.idle = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def start(self, work: Callable[[], None]) -> None:
+        self.idle.clear()
+        self._work.put(work)
+
+    def _run(self) -> None:
+        while True:
+            self._work.get()()
+            self.idle.set()
+
+
+_RANKS: list[_Rank] = []
 
 
 def run_ranks(world_size: int, body: Callable[[int], Any], timeout: float = 60.0) -> list[Any]:
@@ -47,18 +72,19 @@ def run_ranks(world_size: int, body: Callable[[int], Any], timeout: float = 60.0
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world_size)]
     try:
         with on_one_core():
-            for thread in threads:
-                thread.start()
-        for thread in threads:
-            thread.join(timeout)
-        hanging = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+            _RANKS.extend(_Rank() for _ in range(len(_RANKS), world_size))
+        deadline = time.monotonic() + timeout
+        for rank in range(world_size):
+            _RANKS[rank].start(functools.partial(run, rank))
+        hanging = [rank for rank in range(world_size) if not _RANKS[rank].idle.wait(deadline - time.monotonic())]
     finally:
         ProcessLocalGroup.reset()
         _uninstall_threaded_pg()
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
+    if hanging:
+        _RANKS.clear()
     for error in failures:
         if not isinstance(error, SystemExit):  # how the other ranks are ended after a failure
             raise error
