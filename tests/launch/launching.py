@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -18,9 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.launch import forked
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 SCRIPTS = ROOT / "tests" / "launch" / "scripts"
+THREADS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def free_port() -> int:
@@ -30,13 +34,13 @@ def free_port() -> int:
 
 
 def accelerate_launch(
-    config: str, script: Path, *arguments: str, timeout: float = 900.0, **environment: str | None
+    config: str, script: Path, *arguments: str, timeout: float = 900.0, fresh: bool = False, **environment: str | None
 ) -> str:
     """`accelerate launch --config_file CONFIG SCRIPT ARGUMENTS`; its output. Fails with it on any exit code but 0.
 
-    An environment variable that is None is unset.
+    An environment variable that is None is unset. `fresh`: without forked.py.
     """
-    return run([*launcher(config), str(script), *arguments], timeout, environment)
+    return run([*launcher(config), str(script), *arguments], timeout, environment, fresh)
 
 
 def launcher(config: str) -> list[str]:
@@ -51,8 +55,8 @@ def torchrun(
     return run([*words, str(script), *arguments], timeout, environment)
 
 
-def run(command: list[str], timeout: float, environment: dict[str, str | None]) -> str:
-    process = start(command, subprocess.PIPE, environment)
+def run(command: list[str], timeout: float, environment: dict[str, str | None], fresh: bool = False) -> str:
+    process = start(command, subprocess.PIPE, environment, fresh)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -62,10 +66,13 @@ def run(command: list[str], timeout: float, environment: dict[str, str | None]) 
     return output
 
 
-def start(command: list[str], output: Any, environment: dict[str, str | None]) -> subprocess.Popen[str]:
-    merged = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+def start(
+    command: list[str], output: Any, environment: dict[str, str | None], fresh: bool = False
+) -> subprocess.Popen[str]:
+    forked = {} if fresh else imported()
+    merged = {**os.environ, **THREADS, **forked, **environment}
     return subprocess.Popen(
-        [sys.executable, *command],
+        [merged.get("PYTHON_EXEC") or sys.executable, *command],
         cwd=ROOT,
         env={name: value for name, value in merged.items() if value is not None},
         stdout=output,
@@ -73,6 +80,22 @@ def start(command: list[str], output: Any, environment: dict[str, str | None]) -
         text=True,
         start_new_session=True,
     )
+
+
+@functools.cache
+def imported() -> dict[str, str]:
+    """The environment in which Python is forked.py, once its server listens."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    place, program = Path(folder.name) / "socket", Path(folder.name) / "python"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{Path(forked.__file__)}" "$@"\n')
+    program.chmod(0o755)
+    code = f"from tests.launch.forked import run, serve\nrun(serve({str(place)!r}))"
+    server = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **THREADS})
+    while not place.exists():
+        assert server.poll() is None, "it says why"
+        time.sleep(0.1)
+    return {"PYTHON_EXEC": str(program), forked.SOCKET: str(place)}
 
 
 def end(process: subprocess.Popen[str]) -> str:
@@ -120,7 +143,7 @@ class SharedLaunch:
         self._count = 0
         words = ["-m", "tests.launch.scripts.serve", str(self._jobs), str(os.getpid())]
         with self._log.open("w") as log:
-            self._process = start([*launcher(config), *words], log, {**environment})
+            self._process = start([*launcher(config), *words], log, {**environment}, fresh=True)
         atexit.register(self.close)
 
     def run(self, job: dict[str, Any], timeout: float) -> str:

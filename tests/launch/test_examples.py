@@ -27,7 +27,7 @@ def test_the_main_job_as_the_readme_has_it(tmp_path: Path) -> None:
     words = shlex.split(readme_block("main job")[-1])
     assert words[:3] == ["accelerate", "launch", "--config_file"]
     assert words[4:] == ["examples/pretrain.py"]
-    output = accelerate_launch(Path(words[3]).name, ROOT / words[4], "--output_dir", str(tmp_path))
+    output = accelerate_launch(Path(words[3]).name, ROOT / words[4], "--output_dir", str(tmp_path), fresh=True)
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["layout"] == "2 replicas x 2 shards"
     assert summary["engine"] == "FSDP"
