@@ -50,6 +50,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
         None,
         {"sync_moments": "both", "momentum_follows_lr": True, "inner_lr_scale": 1.4, "overlap": "delayed"},
     ),
+    "edit-balance": (None, {"balance": True, "momentum_follows_lr": True}),  # one replica is four times slower
     "edit-length": (None, {"averaging": "length"}),
     "edit-shrinking": (None, {"sync_interval": 24, "sync_interval_end": 8}),
     "average-moments": ("post-local-sgd", {"sync_moments": "both"}),
@@ -69,6 +70,7 @@ ABLATED = ("sync", "diloco", "edit", "edit-no-elimination", "edit-no-weighting",
 COMPRESSED = ("edit", "edit-bf16", "edit-int8", "edit-int4", "edit-fragments")
 RESPONSES = ("edit-skip", "edit-rollback", "edit-stop", "edit-skip-64")  # without a fault they are edit
 BY_TIME = ("a-edit",)
+UNEVEN = ("edit-balance",)  # whose last replica is four times slower
 SYNCHRONOUS = ("sync", "sync-same-time")
 
 # What each scenario does to the last replica, or to all: random bytes for text, null bytes as of a file that was lost

@@ -8,6 +8,7 @@ import statistics
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import numpy as np
 import torch
-from lib.convergence_job import Job
+from lib.convergence_job import UNEVEN, Job
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
@@ -199,7 +200,11 @@ class FaultyTrainer(EDiTTrainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self.is_faulty and self.job.scenario in ("corrupt", "zeros", "labels"):
             inputs = self._spoil(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
+        began = time.perf_counter()
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.job.method in UNEVEN and self.fault_replica == self.job.num_replicas - 1:
+            time.sleep(3 * (time.perf_counter() - began))
+        return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)

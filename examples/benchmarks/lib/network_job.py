@@ -21,6 +21,7 @@ OVERLAPS = {
     "streaming-diloco": "delayed",
     "edit-auto": "delayed",
     "edit-balance": "delayed",
+    "edit-balance-whole": "delayed",  # each rank computes its share at once
     "edit-forward-int8": "forward",
     "edit-forward-int4": "forward",
     "edit-delayed-int8": "delayed",
@@ -29,7 +30,8 @@ OVERLAPS = {
 METHODS = ("hsdp", *OVERLAPS)  # what is compared with "never", the bound: no sync at all
 COMPRESSIONS = {name: name.rpartition("-")[2] for name in OVERLAPS if name.endswith(("-int8", "-int4"))}
 COMPRESSIONS["streaming-diloco"] = "int4"
-SETTLING_SYNCS = {"edit-auto": 6, "edit-balance": 5}  # until the settings, or the shares, have found themselves
+# Until the settings, or the shares, have found themselves.
+SETTLING_SYNCS = {"edit-auto": 6, "edit-balance": 5, "edit-balance-whole": 5}
 FRAGMENTS = {"streaming-diloco": 4}
 TIMED = ("a-edit", "a-edit-delayed")  # whose sync is triggered by time
 TUNED_FIGURES = ("sync_interval", "delay_steps", "bytes_per_parameter")  # of the settings in force, with tune
@@ -121,7 +123,9 @@ def edit_settings(job: Job) -> dict[str, Any]:
     settings["compression"] = COMPRESSIONS.get(job.method, "none")
     if job.method == "edit-auto":
         settings["tune"] = "auto"
-    settings["balance"] = job.method == "edit-balance"
+    settings["balance"] = job.method.startswith("edit-balance")
+    if job.method == "edit-balance-whole":
+        settings["balance_batch_size"] = job.num_replicas * job.batch_size
     if job.units_in_flight is not None:
         settings["units_in_flight"] = job.units_in_flight
     if settings["overlap"] == "delayed":

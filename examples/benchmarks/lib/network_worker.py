@@ -110,12 +110,15 @@ def build_trainer(job: Job, recorder: Recorder) -> Trainer:
 
 
 def check_layout(trainer: Trainer, job: Job) -> None:
-    """The training has as many ranks, replicas and shards as asked for, and FSDP2 is on."""
-    accelerator = trainer.accelerator
-    assert accelerator.num_processes == dist.get_world_size() == job.num_replicas * job.ranks_per_replica
-    assert accelerator.is_fsdp2, accelerator.distributed_type
-    axes = accelerator.parallelism_config
-    assert (axes.dp_replicate_size, axes.dp_shard_size) == (job.num_replicas, job.ranks_per_replica), axes
+    """The training has as many ranks, replicas and shards as asked for, and FSDP2 is on where there are shards."""
+    accelerator, asked = trainer.accelerator, (job.num_replicas, job.ranks_per_replica)
+    assert accelerator.num_processes == dist.get_world_size() == asked[0] * asked[1]
+    assert accelerator.is_fsdp2 == (job.ranks_per_replica > 1), accelerator.distributed_type
+    if isinstance(trainer, EDiTTrainer):
+        assert (trainer.edit_layout.num_replicas, trainer.edit_layout.replica_size) == asked, trainer.edit_layout
+    if accelerator.is_fsdp2:
+        axes = accelerator.parallelism_config
+        assert (axes.dp_replicate_size, axes.dp_shard_size) == asked, axes
 
 
 def check_averaged(trainer: Trainer, recorder: Recorder, job: Job) -> None:

@@ -16,7 +16,6 @@ from lib.network_job import Job
 from lib.results import open_results, read_results
 
 NUM_HOSTS = 2
-RANKS_PER_HOST = 2
 WARM_UP_STEPS = 8
 PINNED = "the ranks of a host are bound to the host's own cores, so that hosts do not slow one another"
 
@@ -42,30 +41,36 @@ def train(
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        complete = Job(**{**settings, **job}, ranks_per_replica=RANKS_PER_HOST, report=str(report))
+        complete = Job(**{**settings, **job}, report=str(report))
         with Hosts(NUM_HOSTS, rate, delay_milliseconds, share_cores(NUM_HOSTS), quotas) as hosts:
 
             def watch() -> None:
                 if meanwhile is not None:
                     meanwhile(hosts, Path(str(report) + ".started"))
 
-            hosts.torchrun(RANKS_PER_HOST, "lib.network_worker", complete.to_json(), timeout=timeout, meanwhile=watch)
+            words = complete.ranks_per_replica, "lib.network_worker", complete.to_json()
+            hosts.torchrun(*words, timeout=timeout, meanwhile=watch)
             figures: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
             return {**figures, "total_bytes_sent": hosts.bytes_sent()}
 
 
 def job_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all jobs of a benchmark have in common, and a results file keeps."""
-    return {"batch_size": arguments.batch_size, "sequence_length": arguments.sequence_length}
+    return {
+        "batch_size": arguments.batch_size,
+        "sequence_length": arguments.sequence_length,
+        "ranks_per_replica": arguments.ranks_per_host,
+    }
 
 
 def file_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all runs of one results file have in common."""
     return {
-        **job_settings(arguments),
+        "batch_size": arguments.batch_size,
+        "sequence_length": arguments.sequence_length,
         "parameters": NUM_PARAMETERS,
         "hosts": NUM_HOSTS,
-        "ranks_per_host": RANKS_PER_HOST,
+        "ranks_per_host": arguments.ranks_per_host,
         "cores_of_hosts": share_cores(NUM_HOSTS),
         "pinning": PINNED,
     }
@@ -74,6 +79,7 @@ def file_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=1, help="sequences of one rank in one step (1)")
     parser.add_argument("--sequence_length", type=int, default=64, help="tokens of a sequence (64)")
+    parser.add_argument("--ranks_per_host", type=int, default=2, help="a host is a replica of so many ranks (2)")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one training may take (1800)")
     parser.add_argument("--json", type=Path, metavar="JSONL",
                         help="keep every finished run here; an existing file is continued")  # fmt: skip
@@ -101,6 +107,8 @@ def measure_or_report(
     if arguments.table:
         results = read_results(arguments.table)
     else:
+        if arguments.ranks_per_host < 2 and "hsdp" in getattr(arguments, "methods", ()):
+            sys.exit(f"--ranks_per_host {arguments.ranks_per_host}: HSDP shards over at least 2. Give other --methods.")
         if (reason := unavailable(delay=with_delay)) is not None:
             sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
         exit_on_signals()

@@ -92,6 +92,7 @@ def shares_change_nothing_in_the_gradient() -> dict[str, Any]:
     for name, kind, config in (
         ("plain", EDiTTrainer, EDiTConfig(num_replicas=1)),  # which is a plain Trainer
         ("uneven", Scripted, EDiTConfig(**plain, balance=True)),
+        ("at once", Scripted, EDiTConfig(**plain, balance=True, balance_batch_size=4 * BATCHES)),
         ("even", EDiTTrainer, EDiTConfig(**plain)),
         (
             "balanced",
@@ -103,11 +104,12 @@ def shares_change_nothing_in_the_gradient() -> dict[str, Any]:
         trainer = kind(model=make_model(), args=make_args(**settings), train_dataset=make_rows(512), edit_config=config)
         trainer.train()
         ended[name] = parameters(trainer)
-        if name == "uneven":
+        if kind is Scripted:
             assert trainer._balance.shares != [BATCHES] * trainer.edit_layout.num_replicas
     if dist.get_rank() == 0:
         for name, value in ended["plain"].items():
-            torch.testing.assert_close(ended["uneven"][name], value, rtol=0, atol=1e-5)
+            for shares in ("uneven", "at once"):
+                torch.testing.assert_close(ended[shares][name], value, rtol=0, atol=1e-5)
             assert torch.equal(ended["balanced"][name], ended["even"][name]), name
     return {}
 
@@ -128,12 +130,15 @@ def a_resumed_run_deals_the_same_rows() -> dict[str, Any]:
 
 def what_cannot_be_balanced_is_refused() -> dict[str, Any]:
     forget_trainings()
-    for text, settings in (
-        ("per_device_train_batch_size=1", dict(per_device_train_batch_size=1)),
-        ("needs one with a length", dict(per_device_train_batch_size=4, accelerator_config={"split_batches": True})),
-    ):
-        trainer = EDiTTrainer(model=make_model(), args=make_args(**settings), train_dataset=make_rows(64),
-                              edit_config=EDiTConfig(sync_interval=2, balance=True))  # fmt: skip
+    for text, at_once, settings in (
+        ("per_device_train_batch_size=1", None, dict(per_device_train_batch_size=1)),
+        ("Set it to at least 4", 3, dict(per_device_train_batch_size=4)),
+        ("needs one with a length", None,
+         dict(per_device_train_batch_size=4, accelerator_config={"split_batches": True})),
+    ):  # fmt: skip
+        config = EDiTConfig(sync_interval=2, balance=True, balance_batch_size=at_once)
+        args = make_args(**settings)
+        trainer = EDiTTrainer(model=make_model(), args=args, train_dataset=make_rows(64), edit_config=config)
         with pytest.raises(ValueError, match=text):
             trainer.train()
         forget_trainings()
