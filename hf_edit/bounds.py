@@ -13,7 +13,6 @@ AT_LEAST = {
         ("sync_interval", "num_replicas", "min_replicas", "delay_steps", "fragments", "units_in_flight"), 1
     ),
     **dict.fromkeys(("max_consecutive_anomalies", "max_consecutive_spikes", "sync_moments_every"), 1),
-    "balance_batch_size": 1,
     **dict.fromkeys(("edit_warmup_steps", "ema_warmup_syncs", "outer_warmup_syncs"), 0),
 }
 ABOVE_ZERO = (
@@ -27,7 +26,6 @@ NOT_INFINITE = {
     "outer_lr": "a finite number is needed",
     "inner_lr_scale": "a finite number is needed",
 }
-NONE_IS_FOUND = ("num_replicas", "balance_batch_size")  # by the launch, or the TrainingArguments
 NONE_IS_OFF = {
     "anomaly_threshold": ", or None to turn the z-test off",
     "max_pseudo_grad_norm": ", or None to turn clipping off",
@@ -38,7 +36,7 @@ def check(config: Any) -> None:
     """Of an EDiTConfig; raises ValueError where a value is out of range, or two settings exclude each other."""
     for name, least in AT_LEAST.items():
         value = getattr(config, name)
-        if not _is_int(value, least) and not (value is None and name in NONE_IS_FOUND):
+        if not _is_int(value, least) and not (value is None and name == "num_replicas"):
             hint = " Give sync_interval=1 to sync after every step." if name == "sync_interval" else ""
             raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.{hint}")
     for name in ABOVE_ZERO:
@@ -77,11 +75,6 @@ def _check_companions(config: Any) -> None:
         raise ValueError(
             f"balance=True and sync_seconds={config.sync_seconds}: the one gives slow replicas fewer rows, the other "
             "fewer steps. Leave one of them out."
-        )
-    if config.balance_batch_size is not None and not config.balance:
-        raise ValueError(
-            f"balance_batch_size={config.balance_batch_size} without balance, which alone makes a rank's share larger "
-            "than its per_device_train_batch_size. Set balance=True, or leave it out."
         )
 
 

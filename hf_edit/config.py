@@ -158,12 +158,8 @@ class EDiTConfig:
     balance: bool = _knob(
         False,
         "Deal the rows of each batch out by the replicas' speeds (EDiTTrainer), so that steps take equally long and "
-        "weights follow the rows. The job's batch stays.",
-    )
-    balance_batch_size: int | None = _knob(
-        None,
-        "Most rows that a rank computes at a time with balance, where its share is larger than its "
-        "per_device_train_batch_size. None: that many, which needs no more memory; with more, fewer passes are faster.",
+        "weights follow the rows. The job's batch stays; a rank computes at most its per_device_train_batch_size at a "
+        "time.",
     )
     elastic: bool = _knob(
         False,

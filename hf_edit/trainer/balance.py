@@ -2,7 +2,7 @@
 
 A micro-batch of the whole job has R x S x per_device_train_batch_size rows, whatever the shares, so a position in the
 data does not depend on them, and every row is read once. A rank computes its rows in pieces of at most
-per_device_train_batch_size, so that it needs no more memory than before, or of balance_batch_size.
+per_device_train_batch_size, so that it needs no more memory than before.
 """
 
 from __future__ import annotations
@@ -119,12 +119,6 @@ class TrainerBalance(TrainerToBe):
                 f"{self.args.auto_find_batch_size}: it moves rows of a rank's batch to faster replicas, so there must "
                 "be at least 2, and their number must stay. Raise it and lower gradient_accumulation_steps."
             )
-        at_once = self.edit_config.balance_batch_size
-        if at_once is not None and at_once < size:
-            raise ValueError(
-                f"balance_batch_size={at_once} is below per_device_train_batch_size={size}, which every rank computes "
-                f"at a time anyway. Set it to at least {size}, or leave it out."
-            )
         equal = [size] * self.edit_layout.num_replicas
         self._balance = Balance(equal)
         self._plan: list[tuple[tuple[int, int], list[int]]] = [((0, 0), equal)]
@@ -192,9 +186,10 @@ class TrainerBalance(TrainerToBe):
             )
         if not self._engine.warming_up:
             self._rows += rows
-        num_pieces = -(-rows // (self.edit_config.balance_batch_size or self._train_batch_size))
-        if num_pieces == 1:
+        size = self._train_batch_size
+        if rows <= size:
             return step(model, inputs, num_items_in_batch)
+        num_pieces = -(-rows // size)
         edges = [rows * i // num_pieces for i in range(num_pieces + 1)]  # one shape is faster than two in turn
         cuts = list(itertools.pairwise(edges))
         pieces = [{name: _cut(value, *cut, rows) for name, value in inputs.items()} for cut in cuts]

@@ -71,8 +71,6 @@ def test_the_defaults_are_the_papers_method() -> None:
         (dict(sync_interval_end=8, tune="auto", overlap="delayed"), "the interval has one master"),
         (dict(balance="false"), "balance='false': true or false is needed"),
         (dict(balance=True, sync_seconds=3.0), "balance=True and sync_seconds=3.0"),
-        (dict(balance_batch_size=16), "balance_batch_size=16 without balance"),
-        (dict(balance=True, balance_batch_size=0), "balance_batch_size=0: a whole number of at least 1"),
         (dict(elastic=True, overlap="none"), "elastic=True with num_replicas=None, min_replicas=1"),
         (dict(elastic=True, overlap="none", num_replicas=2, min_replicas=3), "min_replicas=3"),
         (dict(elastic=True, num_replicas=2), 'elastic=True with overlap="forward"'),
@@ -93,10 +91,7 @@ def test_wrong_values_are_refused(settings: dict[str, object], text: str) -> Non
         EDiTConfig(**settings)
 
 
-OPTIONAL = (
-    "num_replicas", "sync_interval_end", "sync_seconds", "anomaly_threshold", "max_pseudo_grad_norm",
-    "balance_batch_size",
-)  # fmt: skip
+OPTIONAL = ("num_replicas", "sync_interval_end", "sync_seconds", "anomaly_threshold", "max_pseudo_grad_norm")
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(EDiTConfig)])

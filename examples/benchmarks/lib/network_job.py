@@ -21,7 +21,6 @@ OVERLAPS = {
     "streaming-diloco": "delayed",
     "edit-auto": "delayed",
     "edit-balance": "delayed",
-    "edit-balance-whole": "delayed",  # each rank computes its share at once
     "edit-forward-int8": "forward",
     "edit-forward-int4": "forward",
     "edit-delayed-int8": "delayed",
@@ -30,7 +29,7 @@ OVERLAPS = {
 METHODS = ("hsdp", *OVERLAPS)  # what is compared with "never", the bound: no sync at all
 COMPRESSIONS = {name: name.rpartition("-")[2] for name in OVERLAPS if name.endswith(("-int8", "-int4"))}
 COMPRESSIONS["streaming-diloco"] = "int4"
-# Until the settings, or the shares, have found themselves.
+# Until the settings, or the shares, have found themselves. The last was an idea, of which results are kept.
 SETTLING_SYNCS = {"edit-auto": 6, "edit-balance": 5, "edit-balance-whole": 5}
 FRAGMENTS = {"streaming-diloco": 4}
 TIMED = ("a-edit", "a-edit-delayed")  # whose sync is triggered by time
@@ -123,9 +122,7 @@ def edit_settings(job: Job) -> dict[str, Any]:
     settings["compression"] = COMPRESSIONS.get(job.method, "none")
     if job.method == "edit-auto":
         settings["tune"] = "auto"
-    settings["balance"] = job.method.startswith("edit-balance")
-    if job.method == "edit-balance-whole":
-        settings["balance_batch_size"] = job.num_replicas * job.batch_size
+    settings["balance"] = job.method == "edit-balance"
     if job.units_in_flight is not None:
         settings["units_in_flight"] = job.units_in_flight
     if settings["overlap"] == "delayed":

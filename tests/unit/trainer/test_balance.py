@@ -13,7 +13,6 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from hf_edit.config import EDiTConfig
 from hf_edit.method.balance import Balance
 from hf_edit.peers.layout import Layout
 from hf_edit.trainer.balance import TrainerBalance, UnevenBatchSampler, _cut, _num_rows
@@ -104,17 +103,15 @@ class MeanTrainer:
 class InPieces(TrainerBalance, MeanTrainer):
     _loss_shifts_labels = False
 
-    def __init__(self, size: int, rows: int, at_once: int | None = None) -> None:
+    def __init__(self, size: int, rows: int) -> None:
         MeanTrainer.__init__(self)
-        self.edit_config = EDiTConfig(balance=True, balance_batch_size=at_once)
         self._balance, self._plan = Balance([rows]), [((0, 0), [rows])]
         self.edit_layout, self._train_batch_size = Layout(1, 1, 0), size
         self._engine = SimpleNamespace(warming_up=False)
 
 
 @pytest.mark.parametrize("labels", ["all", "some", "none of a piece", "of rows"])
-@pytest.mark.parametrize(("at_once", "pieces_of"), [(None, [2, 2, 3]), (4, [3, 4]), (6, [3, 4]), (7, [7])])
-def test_a_share_in_pieces_is_its_whole(labels: str, at_once: int | None, pieces_of: list[int]) -> None:
+def test_a_share_in_pieces_is_its_whole(labels: str) -> None:
     """Its loss and its gradient, also where a piece has fewer labels than another, or none at all."""
     x, target = torch.randn(7, 3, 4), torch.randint(5, (7, 3))
     if labels == "some":
@@ -123,10 +120,10 @@ def test_a_share_in_pieces_is_its_whole(labels: str, at_once: int | None, pieces
         target[3:6] = -100
     elif labels == "of rows":
         x, target = x[:, 0], target[:, 0]
-    plain, pieces = MeanTrainer(), InPieces(3, 7, at_once)
+    plain, pieces = MeanTrainer(), InPieces(3, 7)
     expected = plain.training_step(plain.model, {"x": x, "labels": target}, None)
     found = pieces._step_in_pieces(pieces.model, {"x": x, "labels": target}, None)
-    assert pieces.seen == pieces_of
+    assert pieces.seen == [2, 2, 3]
     assert pieces.current_gradient_accumulation_steps == 2
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(pieces.model.head.weight.grad, plain.model.head.weight.grad)
