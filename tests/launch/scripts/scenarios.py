@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import random
@@ -18,7 +17,6 @@ from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -42,27 +40,11 @@ def forget_trainings() -> None:
     GradientState._reset_state()
     gc.collect()
     dist.barrier()
-    forget_meshes()
-    # Private in torch 2.13: all groups.
+    # Private in torch 2.13: what DTensor's operators keep of the meshes they met first, and all groups.
+    _clear_sharding_prop_cache()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
-
-
-def forget_meshes() -> None:
-    """What DTensor keeps of each mesh, and with it of its groups."""
-    _clear_sharding_prop_cache()
-    clear_redistribute_planner_cache()
-    for cache in _caches_of_dtensor():
-        cache.cache_clear()
-
-
-@functools.cache
-def _caches_of_dtensor() -> list[Any]:
-    gc.unfreeze()  # or those that serve.py has frozen are not among the objects
-    found = [each for each in gc.get_objects() if isinstance(each, functools._lru_cache_wrapper)]
-    gc.freeze()
-    return [cache for cache in found if cache.__module__.startswith("torch.distributed.tensor")]
 
 
 def make_model(tied: bool = False, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
