@@ -69,8 +69,7 @@ def run(command: list[str], timeout: float, environment: dict[str, str | None], 
 def start(
     command: list[str], output: Any, environment: dict[str, str | None], fresh: bool = False
 ) -> subprocess.Popen[str]:
-    forked = {} if fresh else imported()
-    merged = {**os.environ, **THREADS, **forked, **environment}
+    merged = {**os.environ, **THREADS, **({} if fresh else imported()), **environment}
     return subprocess.Popen(
         [merged.get("PYTHON_EXEC") or sys.executable, *command],
         cwd=ROOT,
@@ -93,7 +92,7 @@ def imported() -> dict[str, str]:
     code = f"from tests.launch.forked import run, serve\nrun(serve({str(place)!r}))"
     server = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **THREADS})
     while not place.exists():
-        assert server.poll() is None, "it says why"
+        assert server.poll() is None, "the process that forks has ended; its own output says why"
         time.sleep(0.1)
     return {"PYTHON_EXEC": str(program), forked.SOCKET: str(place)}
 
