@@ -94,7 +94,9 @@ def _ends_where_all_have_taken_the_steps(config: EDiTConfig) -> dict[str, Any]:
     mean = sum(steps) / len(steps)
     assert min(steps[1:]) > steps[0], f"replica 0 is slower: {steps}"
     assert trainer.state.global_step == 60
-    assert 60 <= mean < 75, f"{steps}: max_steps=60 is the mean"
+    # `GlobalSteps.agree`: one that applies the last sync before its delay is over takes fewer steps than were counted.
+    early = config.delay_steps if config.overlap == "delayed" else 0
+    assert 60 - early <= mean < 75, f"{steps}: max_steps=60 is the mean"
     assert trainer.watch.steps == sorted(trainer.watch.steps)
     assert trainer.lr_scheduler.get_last_lr()[0] < 0.1 * 1e-2, "the schedule has come to its end on every replica"
     history = trainer.state.log_history
