@@ -21,6 +21,7 @@ SCENARIOS = [
     "simulation_delayed",
     "delayed_syncs_do_not_depend_on_timing",
     "logs",
+    "a_forgotten_training_leaves_no_mesh",
     "units_are_cut_alike",
     "saved_models_load_anywhere",
     "training_twice_and_called_in_between",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -16,7 +17,9 @@ import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -38,13 +41,30 @@ def forget_trainings() -> None:
         return
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    forget_meshes()
     gc.collect()
     dist.barrier()
-    # Private in torch 2.13: what DTensor's operators keep of the meshes they met first, and all groups.
-    _clear_sharding_prop_cache()
+    # Private in torch 2.13: all groups.
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+
+
+def forget_meshes() -> None:
+    """What DTensor keeps of each mesh, and with it of its groups."""
+    _clear_sharding_prop_cache()
+    clear_redistribute_planner_cache()
+    for cache in _caches_of_dtensor():
+        cache.cache_clear()
+
+
+@functools.cache
+def _caches_of_dtensor() -> list[Any]:
+    gc.unfreeze()  # of serve.py: what is frozen is not among the objects
+    return [
+        each for each in gc.get_objects()
+        if isinstance(each, functools._lru_cache_wrapper) and each.__module__.startswith("torch.distributed.tensor")
+    ]  # fmt: skip
 
 
 def make_model(tied: bool = False, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
@@ -316,6 +336,18 @@ def logs() -> dict[str, Any]:
     assert sorted(syncs) == [4, 8, 9]
     assert [e["step"] for e in history if "eval_loss" in e] == [0, 4, 8, 9]
     return {"keys": sorted(syncs[4]), "inner_steps": [syncs[s]["edit/inner_steps"] for s in sorted(syncs)]}
+
+
+def a_forgotten_training_leaves_no_mesh() -> dict[str, Any]:
+    """With each would go threads of its groups, and after some tens of trainings all the machine's time."""
+    train(EDiTConfig(sync_interval=5), max_grad_norm=1.0)
+    before = len([each for each in gc.get_objects() if isinstance(each, DeviceMesh)])
+    forget_trainings()
+    gc.unfreeze()
+    meshes = [each for each in gc.get_objects() if isinstance(each, DeviceMesh)]
+    gc.freeze()
+    assert not meshes, f"{before} before: {meshes}. What of torch keeps them? See forget_meshes()."
+    return {"before": before}
 
 
 def units_are_cut_alike() -> dict[str, Any]:

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tests.launch.scripts.scenarios import forget_trainings
+from tests.launch.scripts.scenarios import forget_meshes, forget_trainings
 
 
 def main() -> None:
     jobs, tester = Path(sys.argv[1]), int(sys.argv[2])
+    forget_meshes()  # it finds the caches while nothing is frozen
     for number in itertools.count():
         job = jobs / f"{number}.json"
         while not job.exists():
@@ -39,7 +40,8 @@ def main() -> None:
 def run(script: str, scenarios: list[str], folder: str) -> None:
     os.chdir(folder)  # every script's FOLDER
     module = importlib.import_module(f"tests.launch.scripts.{script}")
-    gc.freeze()  # or every gc.collect(), which each training calls, looks through all libraries: a third of the time
+    gc.collect()  # what is frozen is not looked at again: every gc.collect(), which each training calls, would look
+    gc.freeze()  # through all libraries, a third of the time
     results = {}
     for name in scenarios:
         began = time.monotonic()
