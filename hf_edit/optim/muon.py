@@ -16,17 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from hf_edit.model_ends import GETTERS, ask
 from hf_edit.peers.matrices import Round
 
 
 def matrices(model: nn.Module) -> set[str]:
     """Names of the parameters that Muon is for: matrices, but for embeddings and the output head."""
     ends = {id(module) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            ends.add(id(getattr(model, getter, lambda: None)()))
-        except (NotImplementedError, AttributeError):  # as models of speech, images or time series do
-            continue
+    ends |= {id(ask(model, getter)) for getter in GETTERS}
     left_out = {id(param) for module in model.modules() if id(module) in ends for param in module.parameters()}
     return {name for name, param in model.named_parameters() if param.ndim == 2 and id(param) not in left_out}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.nn.parallel import DistributedDataParallel
+
+from hf_edit.model_ends import GETTERS, ask
 
 
 @dataclass
@@ -202,8 +203,7 @@ def wrapping_groups(model: nn.Module, is_block: Callable[[nn.Module], bool]) -> 
     """
     groups = [[module] for module in reversed(list(model.modules())) if module is not model and is_block(module)]
     taken = {module for group in groups for module in group}
-    found = [ask(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings")]
-    embedding, head = (end if isinstance(end, nn.Module) else None for end in found)
+    embedding, head = (end if isinstance(end := ask(model, getter), nn.Module) else None for getter in GETTERS)
     weight = getattr(embedding, "weight", None)
     tied = weight is not None and getattr(head, "weight", None) is weight
     ends = [[_final_norm(model), embedding, head]] if tied else [[embedding], [_final_norm(model), head]]
@@ -219,14 +219,6 @@ def _wrapping_groups(model: nn.Module) -> dict[nn.Module, int]:
     block_names = set(getattr(model, "_no_split_modules", None) or ())
     groups = wrapping_groups(model, lambda module: type(module).__name__ in block_names)
     return {module: id(group[0]) for group in groups for module in group}
-
-
-def ask(model: nn.Module, getter: str, otherwise: Any = None) -> Any:
-    """What `model.getter()` returns; `otherwise` if it raises, as models of speech, images or time series may."""
-    try:
-        return getattr(model, getter, lambda: None)()
-    except (NotImplementedError, AttributeError):
-        return otherwise
 
 
 def _final_norm(model: nn.Module) -> nn.Module | None:

@@ -13,8 +13,9 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from hf_edit.config import EDiTConfig
+from hf_edit.model_ends import GETTERS, ask
 from hf_edit.peers.layout import Layout
-from hf_edit.sync.units import ask, wrapping_groups
+from hf_edit.sync.units import wrapping_groups
 
 # -- the launch -------------------------------------------------------------------------------------------------------
 
@@ -100,7 +101,7 @@ def check_wrapping(model: nn.Module, plugin: FullyShardedDataParallelPlugin, lay
         f"train replicas of one rank (num_replicas={layout.num_replicas * layout.replica_size}), which need no FSDP"
     )
     name, raised = type(model).__name__, object()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
+    for getter in GETTERS:
         if ask(model, getter, raised) is raised:
             raise ValueError(
                 f"{name}.{getter}() raises, and Accelerate asks it when it shards with FSDP2. Define it in a subclass "

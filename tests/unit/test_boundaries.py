@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "hf_edit"
 ORDER = [
     "bounds",
     "config",
+    "model_ends",
     *(
         f"method.{name}"
         for name in (
