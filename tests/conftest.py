@@ -15,7 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # In tests/launch, what has launches of its own.
 ALONE = {
-    f"tests/launch/test_{name}.py" for name in ("check", "elastic", "losing", "refusals", "report_page", "traffic")
+    f"tests/launch/test_{name}.py"
+    for name in ("check", "elastic", "examples", "losing", "recipes", "refusals", "report_page", "traffic")
 }
 
 torch.set_num_threads(1)  # several ranks share few cores
@@ -23,7 +24,8 @@ torch.set_num_threads(1)  # several ranks share few cores
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` one process runs the examples and what shares launches, and one all other tests, as long."""
+    """With `-n 3` one process runs what shares launches, one other launches, and one all other tests; so two cores have
+    work while one of them waits."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Layers(LoadScopeScheduling):
@@ -31,6 +33,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         # are dealt out module by module.
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "launch" if file.startswith("tests/launch/") and file not in ALONE else "others"
+            if not file.startswith("tests/launch/"):
+                return "others"
+            return "own launches" if file in ALONE else "shared launches"
 
     return Layers(config, log)

@@ -8,7 +8,7 @@ Two hosts (network namespaces) with two ranks each train a Llama of 8.4M paramet
 quarter of its core (a control group's quota), or a random host is stopped for a random time again and again, from the
 same seed in every run. "never", which does not sync, shows at the same time what each host does alone; a method's share
 is the inner steps per second of both hosts over the sum of what both do alone. A host's idle share is what it does less
-than alone; its wait share is the part of its time that it waited for the other at syncs.
+than alone, by the rows that it takes; its wait share is the part of its time that it waited for the other at syncs.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ SLOW_HOST = 1
 QUOTAS = {"even": 1.0, "2x": 0.5, "4x": 0.25, "stalls": 1.0}  # of the slow host, in processor seconds per second
 DEFAULT_METHODS = ["hsdp", "edit-forward", "edit-delayed", "a-edit", "a-edit-delayed"]
 CALIBRATION_STEPS = 30
+ROWS = "rows a step, host 0 / 1"  # a column for hosts that take different numbers
 QUICK = {"scenarios": ["2x"], "repeats": 1, "seconds": 10.0, "syncs": 3, "methods": ["edit-forward"]}
 
 
@@ -171,6 +172,8 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
         longest = max(runs, key=lambda figures: len(waits_of(figures)))
         waits = waits_of(longest)
         half = len(waits) // 2
+        rows = uneven_rows(longest)
+        done = [speed * part * len(rows) / sum(rows) for speed, part in zip(mine, rows, strict=True)] if rows else mine
         found.append(
             {
                 "scenario": scenario,
@@ -180,7 +183,8 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "alone_inner_steps_per_second": alone,
                 "share": sum(mine) / sum(alone),
                 "share_range": pair_range(*([sum(speeds(f)) for f in each] for each in (runs, bounds))),
-                "idle_share": [1 - speed / bound for speed, bound in zip(mine, alone, strict=True)],
+                "rows": rows,
+                "idle_share": [1 - speed / bound for speed, bound in zip(done, alone, strict=True)],
                 "wait_share": wait_shares(longest) if waits else None,
                 "syncs": len(waits),
                 "wait_seconds": waits,
@@ -215,6 +219,12 @@ def waits_of(figures: dict[str, Any]) -> list[float]:
     return [max(waits) for waits in zip(*hosts, strict=False)]
 
 
+def uneven_rows(figures: dict[str, Any]) -> list[float] | None:
+    """Each host's rows of a step, if they differ."""
+    rows = [replica.get("rows_per_step", 0.0) for replica in figures["replicas"]]
+    return rows if len(set(rows)) > 1 else None
+
+
 def wait_shares(figures: dict[str, Any]) -> list[float]:
     """The part of the window that each host waited for the other at syncs."""
     return [sum(replica["syncs"]["wait_seconds"]) / replica["window_seconds"] for replica in figures["replicas"]]
@@ -232,12 +242,16 @@ def table(results: dict[str, Any]) -> str:
         alone = " / ".join(f"{value:.2f}" for value in cell["alone_inner_steps_per_second"])
         halves = [cell["wait_seconds_first_half"], cell["wait_seconds_second_half"]]
         waits = "" if None in halves else " then ".join(f"{value:.2f}" for value in halves)
-        rows.append([cell["scenario"], cell["method"], speed, alone, share_text(cell["share"]),
+        dealt = "" if cell["rows"] is None else " / ".join(f"{number:.1f}" for number in cell["rows"])
+        rows.append([cell["scenario"], cell["method"], dealt, speed, alone, share_text(cell["share"]),
                      "{:.3f} to {:.3f} ({})".format(*cell["share_range"], cell["runs"]), shares(cell["idle_share"]),
                      shares(cell["wait_share"]), waits, cell["syncs"] or ""])  # fmt: skip
-    heading = ["scenario", "method", "inner steps/s, host 0 / 1", "alone", "share of both alone",
+    heading = ["scenario", "method", ROWS, "inner steps/s, host 0 / 1", "alone", "share of both alone",
                "lowest to highest (runs)", "idle, host 0 / 1",
                "waiting at syncs", "s waited per sync, first half then second", "syncs"]  # fmt: skip
+    if not any(row[heading.index(ROWS)] for row in rows):
+        for row in (heading, *rows):
+            del row[2]
     return markdown_table(heading, rows)
 
 

@@ -137,8 +137,8 @@ def combine(ranks: Sequence[dict[str, Any]], job: Job) -> dict[str, Any]:
 
     Returns:
         `tokens_per_second` of all replicas, `bytes_per_token` that crossed between them, and `replicas`: for each its
-        window, its rate, its processor seconds, what it sent, and of the syncs in the window, one after the other,
-        seconds and bytes (means over its ranks; bytes summed).
+        window, its rate, its rows of a step, its processor seconds, what it sent, and of the syncs in the window, one
+        after the other, seconds and bytes (means over its ranks; bytes summed).
     """
     size = job.ranks_per_replica
     replicas = []
@@ -150,6 +150,7 @@ def combine(ranks: Sequence[dict[str, Any]], job: Job) -> dict[str, Any]:
             {
                 **{name: first[name] for name in ("inner_steps", "window_steps", "window_seconds", "bytes_sent")},
                 "inner_steps_per_second": first["window_steps"] / first["window_seconds"],
+                "rows_per_step": sum(member["rows"] for member in members) / first["window_steps"],
                 "tokens_per_second": tokens / first["window_seconds"],
                 "cpu_seconds_per_step": sum(member["cpu_seconds"] for member in members) / first["window_steps"],
                 "syncs": _columns([_mean_of(records) for records in zip(*(m["syncs"] for m in members), strict=True)]),

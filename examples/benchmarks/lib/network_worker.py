@@ -38,17 +38,20 @@ class Reading(NamedTuple):
 
 
 class Recorder(TrainerCallback):
-    """Keeps times and bytes sent at the end of every step and of every sync, and this rank's first batch."""
+    """Keeps times and bytes sent at the end of every step and of every sync, this rank's first batch, and the rows of
+    each of its batches, one a step."""
 
     def __init__(self, started: Path) -> None:
         self.started = started
         self.steps: list[Reading] = []
         self.syncs: list[tuple[int, Reading, dict[str, float]]] = []  # after so many steps
         self.first_batch: str | None = None
+        self.rows: list[int] = []
         interface = os.environ["GLOO_SOCKET_IFNAME"]
         self._counter = Path(f"/sys/class/net/{interface}/statistics/tx_bytes")
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
+        self.rows.append(len(rows))
         batch = default_data_collator(rows)
         self.first_batch = self.first_batch or digest(batch["input_ids"])
         return batch
@@ -161,6 +164,7 @@ def measure(recorder: Recorder, job: Job) -> dict[str, Any]:
     return {
         "inner_steps": len(recorder.steps),
         "window_steps": last - first,
+        "rows": sum(recorder.rows[first:last]),
         "window_seconds": end.seconds - begin.seconds,
         "cpu_seconds": end.cpu_seconds - begin.cpu_seconds,
         "bytes_sent": end.sent - begin.sent,
