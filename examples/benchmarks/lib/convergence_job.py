@@ -55,6 +55,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "edit-shrinking": (None, {"sync_interval": 24, "sync_interval_end": 8}),
     "average-moments": ("post-local-sgd", {"sync_moments": "both"}),
     "edit-muon": ("muon", {}),
+    "edit-muon-growing": ("muon", {"sync_interval": 8, "sync_interval_end": 24}),
     "edit-muon-delayed": ("muon", {"overlap": "delayed"}),
     "average-length": ("post-local-sgd", {"averaging": "length"}),
     "edit-no-elimination": (None, {"anomaly_threshold": None}),
