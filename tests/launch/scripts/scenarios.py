@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+from torch.distributed.tensor import _redistribute
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -51,9 +51,10 @@ def forget_trainings() -> None:
 
 
 def forget_meshes() -> None:
-    """What DTensor keeps of each mesh, and with it of its groups."""
+    """What DTensor keeps of each mesh, and with it of its groups; private in torch 2.13, and partly new."""
     _clear_sharding_prop_cache()
-    clear_redistribute_planner_cache()
+    if hasattr(_redistribute, "clear_redistribute_planner_cache"):
+        _redistribute.clear_redistribute_planner_cache()
     for cache in _caches_of_dtensor():
         cache.cache_clear()
 
