@@ -7,8 +7,8 @@
 Two hosts (network namespaces) with two ranks each train a Llama of 8.4M parameters. Host 1 gets the whole, half or a
 quarter of its core (a control group's quota), or a random host is stopped for a random time again and again, from the
 same seed in every run. "never", which does not sync, shows at the same time what each host does alone; a method's share
-is the inner steps per second of both hosts over the sum of what both do alone. A host's idle share is what it does less
-than alone, by the rows that it takes; its wait share is the part of its time that it waited for the other at syncs.
+is the inner steps per second of both hosts, by the rows that they take, over the sum of what both do alone. A host's
+idle share is what it does less than alone; its wait share is the part of its time that it waited at syncs.
 """
 
 from __future__ import annotations
@@ -157,6 +157,14 @@ def speeds(figures: dict[str, Any]) -> list[float]:
     return [replica["inner_steps_per_second"] for replica in figures["replicas"]]
 
 
+def work(figures: dict[str, Any]) -> list[float]:
+    """Steps of equal rows per second of each host, by the rows that it takes."""
+    rows = uneven_rows(figures)
+    if rows is None:
+        return speeds(figures)
+    return [speed * part * len(rows) / sum(rows) for speed, part in zip(speeds(figures), rows, strict=True)]
+
+
 # -- reporting ------------------------------------------------------------------------------------------------------
 
 
@@ -172,8 +180,7 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
         longest = max(runs, key=lambda figures: len(waits_of(figures)))
         waits = waits_of(longest)
         half = len(waits) // 2
-        rows = uneven_rows(longest)
-        done = [speed * part * len(rows) / sum(rows) for speed, part in zip(mine, rows, strict=True)] if rows else mine
+        done = [statistics.median(host) for host in zip(*map(work, runs), strict=True)]
         found.append(
             {
                 "scenario": scenario,
@@ -181,9 +188,9 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "runs": len(runs),
                 "inner_steps_per_second": mine,
                 "alone_inner_steps_per_second": alone,
-                "share": sum(mine) / sum(alone),
-                "share_range": pair_range(*([sum(speeds(f)) for f in each] for each in (runs, bounds))),
-                "rows": rows,
+                "share": sum(done) / sum(alone),
+                "share_range": pair_range(*([sum(work(f)) for f in each] for each in (runs, bounds))),
+                "rows": uneven_rows(longest),
                 "idle_share": [1 - speed / bound for speed, bound in zip(done, alone, strict=True)],
                 "wait_share": wait_shares(longest) if waits else None,
                 "syncs": len(waits),
