@@ -5,8 +5,8 @@
 
 Two replicas of one rank share one GPU and talk through gloo, so through host memory, as over Ethernet. A Llama of about
 1.1B parameters in bf16 is trained on random tokens with a hand-written loop: never syncing, blocking, layer by layer in
-the forward pass, delayed, and each with the outer state in host memory. Ways that must agree are compared by a digest
-of the parameters, bit for bit. --cpu runs a tiny model without a GPU, to see that the script works.
+the forward pass, delayed, with the outer state in host memory, and with int8 codes. Ways that must agree are compared
+by a digest of the parameters, bit for bit. --cpu runs a tiny model without a GPU, to see that the script works.
 """
 
 from __future__ import annotations
@@ -36,8 +36,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "delayed": {"overlap": "delayed"},
     "delayed, again": {"overlap": "delayed"},
     "delayed, offloaded": {"overlap": "delayed", "offload_outer_state": True},
+    "none, int8": {"overlap": "none", "compression": "int8"},
+    "forward, int8": {"overlap": "forward", "compression": "int8"},
+    "delayed, int8": {"overlap": "delayed", "compression": "int8"},
 }
-AGREE = (("none", "forward", "forward, offloaded"), ("delayed", "delayed, again", "delayed, offloaded"))
+AGREE = (
+    ("none", "forward", "forward, offloaded"),
+    ("delayed", "delayed, again", "delayed, offloaded"),
+    ("none, int8", "forward, int8"),
+)
 SIZES: dict[str, dict[str, int]] = {
     "1b": dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
                num_attention_heads=32, num_key_value_heads=4),

@@ -1,6 +1,7 @@
-"""Run by every rank of a launch: scenarios of tests/launch/scripts on one GPU, which all ranks share, through gloo.
+"""Run by every rank of a launch: scenarios of tests/launch/scripts on GPUs, on one that all ranks share if need be.
 
-Arguments: the folder for results, the script's name, the scenarios' names. Without a GPU it runs them on the CPU.
+Arguments: the backend of device tensors, the folder for results, the script's name, the scenarios' names. Without a GPU
+it runs them on the CPU.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ import torch.distributed as dist
 
 
 def main() -> None:
-    folder, script, *scenarios = sys.argv[1:]
+    backend, folder, script, *scenarios = sys.argv[1:]
     has_gpu = torch.cuda.is_available()
     os.environ["ACCELERATE_USE_CPU"] = str(not has_gpu).lower()
     if has_gpu:
-        os.environ["LOCAL_RANK"] = "0"  # of the GPU; the launcher would give each rank one of its own
+        if int(os.environ["WORLD_SIZE"]) > torch.cuda.device_count():
+            os.environ["LOCAL_RANK"] = "0"  # of the GPU; the launcher would give each rank one of its own
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch asks for it where runs are to agree bit for bit
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if backend == "gloo" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
             os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"  # to gather a whole model kills gloo on CUDA
-        torch.cuda.set_device(0)
+        os.environ["DEVICE_BACKEND"] = backend
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cuda.enable_cudnn_sdp(False)  # whose backward pass is not deterministic
-        dist.init_process_group("cpu:gloo,cuda:gloo")  # NCCL wants a GPU for each rank
+        dist.init_process_group(f"cpu:gloo,cuda:{backend}")
     from tests.launch.scripts import serve  # not before it is known where to train
 
     serve.run(script, scenarios, str(Path(folder)))

@@ -1,4 +1,4 @@
-"""What one GPU can show: a sync's streams are ordered, and replicas on a GPU agree however a sync is carried out."""
+"""On GPUs, or one that all ranks share: a sync's streams are ordered, and replicas agree however it is carried out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,17 @@ from hf_edit.sync.overlap import Blocking, Forward
 from hf_edit.sync.unit_sync import OuterSync
 from hf_edit.sync.units import find_units
 from tests.dist.nets import Net, batch
-from tests.launch import test_checkpoints, test_features, test_libraries, test_loop, test_trainer
+from tests.launch import (
+    test_balance,
+    test_by_time,
+    test_checkpoints,
+    test_decisions,
+    test_features,
+    test_learning,
+    test_libraries,
+    test_loop,
+    test_trainer,
+)
 from tests.launch.launching import CONFIGS, accelerate_launch, torchrun
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -103,13 +113,26 @@ def test_waiting_for_the_network_is_exposed_time() -> None:
     assert late[-1].exposed_seconds > prompt[-1].exposed_seconds + 0.03
 
 
+def need(backend: str, num_ranks: int) -> None:
+    """Skips where the ranks cannot talk through `backend`: NCCL before 2.30 wants a GPU for each."""
+    if backend == "nccl" and torch.cuda.device_count() < num_ranks and torch.cuda.nccl.version() < (2, 30):
+        pytest.skip(f"needs {num_ranks} GPUs, or NCCL 2.30")
+
+
+SHARED_GPU = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
 @pytest.mark.parametrize("replica_size", [1, 2])
-def test_two_replicas_on_one_gpu_agree_in_every_way(replica_size: int, tmp_path: Path) -> None:
-    torchrun(2 * replica_size, Path(__file__).with_name("replicas.py"), str(tmp_path), str(replica_size))
-    told = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
-    assert told["world_size"] == 2 * replica_size
-    assert told["devices"] == ["cuda"]
-    assert told["differing"] == {"forward": 0.0, "offload": 0.0, "delayed": 0.0}
+def test_two_replicas_agree_in_every_way(replica_size: int, backend: str, tmp_path: Path) -> None:
+    need(backend, 2 * replica_size)
+    script = Path(__file__).with_name("replicas.py")
+    torchrun(2 * replica_size, script, str(tmp_path), str(replica_size), backend, **SHARED_GPU)
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["world_size"] == 2 * replica_size
+    assert report["devices"] == ["cuda"]
+    assert len(report["differing"]) == 20
+    assert set(report["differing"].values()) == {0.0}, report["differing"]
 
 
 SCENARIOS = {
@@ -118,27 +141,33 @@ SCENARIOS = {
     "features": test_features.SCENARIOS,
     "checkpoints": test_checkpoints.SCENARIOS,
     "libraries": test_libraries.SCENARIOS,
+    "learning": test_learning.SCENARIOS,
+    "balance": test_balance.SCENARIOS,
+    "by_time": test_by_time.SCENARIOS,
+    "decisions": test_decisions.SCENARIOS,
 }
-LEFT_OUT = {  # with FSDP2: they gather a whole model, of which gloo (torch 2.11) dies on CUDA, or cannot do without
+LEFT_OUT = {  # with FSDP2 and gloo: they gather a whole model, of which gloo (torch 2.11) dies on CUDA, or need one
     "saved_models_load_anywhere",
     "only_adapters_cross_and_are_saved",
     "limits_and_the_best_model",
 }
 
 
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
 @pytest.mark.parametrize("config", ["cpu_2x2.yaml", "cpu_4x1.yaml"])
 @pytest.mark.parametrize("script", SCENARIOS)
-def test_the_scenarios_pass(script: str, config: str, tmp_path: Path) -> None:
-    """Those of tests/launch, with every rank on this GPU."""
+def test_the_scenarios_pass(script: str, config: str, backend: str, tmp_path: Path) -> None:
+    """Those of tests/launch, with every rank on a GPU."""
     if script == "libraries":
         pytest.importorskip("trl")
         pytest.importorskip("peft")
+    need(backend, 4)
     settings = (CONFIGS / config).read_text(encoding="utf-8")
     assert settings.count("use_cpu: true") == 1
     path = tmp_path / config
     path.write_text(settings.replace("use_cpu: true", "use_cpu: false"), encoding="utf-8")
     scenarios = Path(__file__).with_name("scenarios.py")
-    left_out = LEFT_OUT if config == "cpu_2x2.yaml" else set()
+    left_out = LEFT_OUT if config == "cpu_2x2.yaml" and backend == "gloo" else set()
     names = [name for name in SCENARIOS[script] if name not in left_out]
-    output = accelerate_launch(str(path), scenarios, str(tmp_path), script, *names)
+    output = accelerate_launch(str(path), scenarios, backend, str(tmp_path), script, *names, **SHARED_GPU)
     assert output.count("passed: ") == len(names)
