@@ -24,7 +24,10 @@ from tests.launch import forked
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 SCRIPTS = ROOT / "tests" / "launch" / "scripts"
-THREADS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+THREADS = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+}
 
 
 def free_port() -> int:
