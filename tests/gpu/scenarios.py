@@ -27,7 +27,12 @@ def main() -> None:
         os.environ["DEVICE_BACKEND"] = backend
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # whose backward pass is not deterministic
+        for fused in (
+            torch.backends.cuda.enable_cudnn_sdp,
+            torch.backends.cuda.enable_flash_sdp,
+            torch.backends.cuda.enable_mem_efficient_sdp,
+        ):
+            fused(False)  # with warn_only their backward pass stays the fast one, which is not deterministic
         dist.init_process_group(f"cpu:gloo,cuda:{backend}")
     from tests.launch.scripts import serve  # not before it is known where to train
 

@@ -32,7 +32,7 @@ THREADS = {
 
 def free_port() -> int:
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
+        s.bind(("", 0))  # a port may be free on one address and taken on another
         return s.getsockname()[1]
 
 
