@@ -10,9 +10,9 @@ GETTERS = ("get_input_embeddings", "get_output_embeddings")
 
 
 def ask(model: nn.Module, getter: str, otherwise: Any = None) -> Any:
-    """What `model.getter()` returns, None without such a method; `otherwise` if it raises NotImplementedError or
-    AttributeError, as models of speech, images or time series do."""
+    """What `model.getter()` returns, None without such a method; `otherwise` if it raises NotImplementedError, as
+    transformers' models of speech, images or time series do. Any other error is the model's own, and gets through."""
     try:
         return getattr(model, getter, lambda: None)()
-    except (NotImplementedError, AttributeError):
+    except NotImplementedError:
         return otherwise

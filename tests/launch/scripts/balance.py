@@ -114,13 +114,13 @@ def shares_change_nothing_in_the_gradient() -> dict[str, Any]:
 
 def a_resumed_run_deals_the_same_rows() -> dict[str, Any]:
     """Also where the shares have changed in the epoch, or are to change behind batches that were read ahead."""
-    config = EDiTConfig(sync_interval=1, warmup_steps=2, ema_warmup_syncs=1, balance=True, overlap="none")
+    config = EDiTConfig(sync_interval=1, warmup_steps=2, ema_warmup_syncs=1, balance=True)
     settings: dict[str, Any] = dict(config=config, trainer=Scripted, per_device_train_batch_size=BATCHES, save_steps=1)
     world = int(os.environ["WORLD_SIZE"])
     settings["data"] = make_rows(6 * BATCHES * world + 3, ragged=True)
     whole = run("balance", **settings)
     for step in (3, 4, 6, 7, 9):
-        resumed = run("again", str(FOLDER / "balance" / f"checkpoint-{step}"), **settings, save_strategy="no")
+        resumed = run(f"balance-{step}", str(FOLDER / "balance" / f"checkpoint-{step}"), **settings)
         assert resumed._balance.shares == whole._balance.shares
         assert_same_end(whole, resumed, step)
     return {"shares": whole._balance.shares}

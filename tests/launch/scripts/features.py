@@ -100,7 +100,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "tied embeddings": {"make": lambda: make_model(tied=True)},
     "frozen embeddings": {"make": frozen_embeddings},
     "epochs": {"rows": make_rows(3 * 2 * 4), "max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"},
-    "torch.compile": {"torch_compile": True, "torch_compile_backend": "eager"},  # last: leaves much to be collected
+    "torch.compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},  # last: leaves much to collect
 }  # fmt: skip
 if torch.cuda.is_available():
     FEATURES["fp16"] = {"fp16": True, "tolerance": 2e-2}
