@@ -28,6 +28,7 @@ from convergence import train
 from lib.arguments import add_files, parse_with_files
 from lib.bench import exit_on_signals, markdown_table, subplots
 from lib.convergence_job import METHODS, Job
+from lib.convergence_report import percent
 from lib.results import add_run, open_results, read_results
 
 RATES = {"adamw": [2e-3, 3e-3, 4.5e-3], "muon": [8e-3, 12e-3, 18e-3]}
@@ -165,10 +166,10 @@ def best_runs(results: dict[str, Any], optimizer: str, method: str) -> dict[int,
     return {run["seed"]: run["loss"] for run in runs_of(results, optimizer, method, rate)}
 
 
-def over(losses: dict[int, float], reference: dict[int, float]) -> str:
-    """How much larger the losses are than the reference's, the mean of the seeds that both have."""
+def over(losses: dict[int, float], reference: dict[int, float]) -> float | None:
+    """How much larger the losses are than the reference's, the mean of the seeds that both have; None without one."""
     ratios = [losses[seed] / reference[seed] for seed in losses if seed in reference]
-    return f"{statistics.fmean(ratios) - 1:+.2%}" if ratios else ""
+    return statistics.fmean(ratios) - 1 if ratios else None
 
 
 def table(results: dict[str, Any]) -> str:
@@ -187,7 +188,8 @@ def table(results: dict[str, Any]) -> str:
             steps = results["settings"]["steps"]
             rows.append([
                 optimizer, method, shown, f"{statistics.fmean(losses.values()):.4f}", len(losses),
-                f"{max(losses.values()) - min(losses.values()):.4f}", over(losses, reference), over(losses, adamw),
+                f"{max(losses.values()) - min(losses.values()):.4f}", percent(over(losses, reference)),
+                percent(over(losses, adamw)),
                 f"{sent:.0f}", f"{(steps + EXCHANGE_STEPS * sent) / (steps + EXCHANGE_STEPS * steps):.2f}",
             ])  # fmt: skip
     heading = ["optimizer", "method", "learning rates (best)", "validation loss", "seeds", "spread",

@@ -100,6 +100,12 @@ def test_a_table_that_differs_is_seen(report: ModuleType) -> None:
         report.filled("<!-- table traffics -->\n\n<!-- end -->")
 
 
+def test_it_says_how_well_plan_foresees(report: ModuleType) -> None:
+    hits, _, rest = report.table("plan_summary").partition(" cells ")
+    assert rest.startswith("are within 0.05")
+    assert f"`plan` is within 0.05 of {hits} measured shares" in README
+
+
 @pytest.mark.parametrize("kind", ["light", "dark"])
 def test_the_figure_shows_the_results(kind: str, report: ModuleType) -> None:
     path = report.FIGURES / f"overview-{kind}.svg"

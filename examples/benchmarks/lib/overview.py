@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import learning
 import slow_network
 import stragglers
 from lib.bench import markdown_table, share_text, subplots
@@ -27,8 +28,16 @@ SLOW_HOST = {
     "a-edit": "A-EDiT, forward",
     "a-edit-delayed": "A-EDiT, delayed",
 }
-LOSSES = {"diloco": "DiLoCo", "post-local-sgd": "Post Local SGD", "edit": "EDiT"}
-BATCHES = {"convergence_batch32": "32 sequences a step", "convergence": "8 sequences a step"}
+# From the results of convergence.py, then those of learning.py: the default, and sync_moments="both" beside
+# inner_lr_scale=1.4. Both have the same synchronous training.
+LOSSES = {
+    "diloco": "DiLoCo",
+    "post-local-sgd": "Post Local SGD",
+    "edit-follows-lr": "EDiT",
+    "edit-moments-inner-1.4": "EDiT, two settings",
+}
+BATCHES = {"_batch32": "4 replicas, batch 32", "": "4 replicas, batch 8", "_2x2": "2 replicas, batch 16"}
+LEARNING = {"_2x2": "_r2"}  # the ends of its files' names, where they differ
 # Text and grid for a light and a dark page, and a colour that is seen on both for each label above.
 PAGES = {"light": ("#1f2328", "#d1d9e0"), "dark": ("#e6edf3", "#3d444d")}
 COLOURS = {
@@ -40,6 +49,7 @@ COLOURS = {
     "EDiT, delayed": "#e2571e",
     "A-EDiT, delayed": "#e2571e",
     "EDiT": "#e2571e",
+    "EDiT, two settings": "#e8b04a",
 }
 
 
@@ -48,7 +58,7 @@ def numbers(read: Read) -> dict[str, Any]:
 
     Returns:
         `speed`: by method and rate (no delay, tau 8) the cell of `slow_network.summary`; `slow_host`: by method that of
-        `stragglers.summary` for a host at half speed, "a-edit-delayed-10s" with a sync every 10 s; `loss`: by file and
+        `stragglers.summary` for a host at half speed, "a-edit-delayed-10s" with a sync every 10 s; `loss`: by batch and
         method the loss over synchronous training's at equal tokens; `same_time`: the same at equal time.
     """
     speed: dict[str, dict[str, Any]] = {}
@@ -60,9 +70,16 @@ def numbers(read: Read) -> dict[str, Any]:
     return {
         "speed": speed,
         "slow_host": slow,
-        "loss": {file: {method: _over_sync(read(file), method) for method in LOSSES} for file in BATCHES},
+        "loss": {batch: {method: _loss(read, batch, method) for method in LOSSES} for batch in BATCHES},
         "same_time": {m: _over_sync(read("convergence_100mbit"), m) for m in ("sync-same-time", "edit")},
     }
+
+
+def _loss(read: Read, batch: str, method: str) -> float | None:
+    if method in ("diloco", "post-local-sgd"):
+        return _over_sync(read(f"convergence{batch}"), method)
+    results = read(f"learning{LEARNING.get(batch, batch)}")
+    return learning.over(*(learning.best_runs(results, "adamw", name) for name in (method, "sync")))
 
 
 def _over_sync(results: dict[str, Any], method: str) -> float | None:
@@ -76,8 +93,8 @@ def table(read: Read) -> str:
     def speed(method: str, rate: str) -> str:
         return share_text(found["speed"][method][rate]["share"], digits=2)
 
-    def loss(file: str, method: str) -> str:
-        return f"{found['loss'][file][method]:+.1%}"
+    def loss(batch: str, method: str) -> str:
+        return percent(found["loss"][batch][method], 1)
 
     slow = {method: share_text(cell["share"], digits=2) for method, cell in found["slow_host"].items()}
     rows = [
@@ -86,12 +103,13 @@ def table(read: Read) -> str:
         for label, unit, rate in (("1 Gbit/s", " (1: never syncing)", "1gbit"), ("100 Mbit/s", "", "100mbit"))
     ]  # fmt: skip
     rows.append(["speed, one of two hosts at half speed (1: both alone)", slow["hsdp"], "",
-                 f"{slow['a-edit-delayed']} with a sync every 5 s, {slow['a-edit-delayed-10s']} every 10 s (A-EDiT, "
+                 f"{slow['a-edit-delayed']} syncing every 5 s, {slow['a-edit-delayed-10s']} every 10 s (A-EDiT, "
                  f"delayed); {slow['edit-forward']} every 16 steps"])  # fmt: skip
     rows += [
-        [f"validation loss over synchronous, equal tokens, {label}", "0", loss(file, "diloco"), loss(file, "edit")]
-        for file, label in BATCHES.items()
-    ]
+        [f"{what}, {BATCHES[batch]}", "0", loss(batch, "diloco"),
+         f"{loss(batch, 'edit-follows-lr')}, two settings {loss(batch, 'edit-moments-inner-1.4')}"]
+        for what, batch in (("loss over synchronous, equal tokens", "_batch32"), ("the same", ""))
+    ]  # fmt: skip
     late = found["same_time"]
     rows.append(["the same, equal time at 100 Mbit/s", percent(late["sync-same-time"], 1), "",
                  percent(late["edit"], 1)])  # fmt: skip
@@ -111,7 +129,7 @@ def plotted(read: Read) -> dict[str, dict[str, list[float | None]]]:
         },
         "slow host": {label: [_rounded(found["slow_host"][method]["share"])] for method, label in SLOW_HOST.items()},
         "loss": {
-            label: [_rounded(found["loss"][file][method]) for file in BATCHES] for method, label in LOSSES.items()
+            label: [_rounded(found["loss"][batch][method]) for batch in BATCHES] for method, label in LOSSES.items()
         },
     }
 
@@ -132,6 +150,7 @@ def draw(read: Read, page: str, path: Path) -> None:
     with matplotlib.rc_context(style):
         figure, axes = subplots(1, 3)
         figure.set_size_inches(10.0, 3.3)
+        axes[0].get_gridspec().set_width_ratios([1.0, 0.8, 1.2])
         _draw_speed(axes[0], values["speed"], grid)
         _draw_slow_host(axes[1], values["slow host"], grid)
         _draw_loss(axes[2], values["loss"], grid)
@@ -162,11 +181,12 @@ def _draw_slow_host(axis: Any, bars: dict[str, list[float | None]], grid: str) -
 
 
 def _draw_loss(axis: Any, bars: dict[str, list[float | None]], grid: str) -> None:
-    width = 0.8 / len(bars)
+    width = 0.88 / len(bars)
     for number, (label, values) in enumerate(bars.items()):
         places = [place + (number - (len(bars) - 1) / 2) * width for place in range(len(values))]
         drawn = axis.bar(places, [100 * (value or 0.0) for value in values], width, color=COLOURS[label], label=label)
-        axis.bar_label(drawn, fmt="+%.1f", padding=2, fontsize=8)
-    axis.set_xticks(range(len(BATCHES)), [label.replace(" a ", "\na ") for label in BATCHES.values()])
-    axis.set(title="validation loss at equal tokens", ylabel="% above synchronous training", ylim=(0, 11.5))
-    axis.legend(frameon=False, fontsize=8, loc="upper left", ncol=3, columnspacing=0.8, handlelength=1.0)
+        axis.bar_label(drawn, fmt="%.1f", padding=2, fontsize=8)
+    axis.set_xticks(range(len(BATCHES)), [label.replace(", ", "\n") for label in BATCHES.values()])
+    axis.set(title="validation loss at equal tokens", ylabel="% above synchronous training", ylim=(-1, 11.5))
+    axis.axhline(0.0, color=grid, linewidth=0.8, zorder=0)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", ncol=2, columnspacing=0.8, handlelength=1.0)
