@@ -129,7 +129,7 @@ IDEAS = {
     "muon-momentum-0.3-follows-lr": replace(MUON, lr=0.9, momentum=0.3, follows=1.0),
     **{f"muon-average-moments-beta-{by:g}": replace(MUON, beta=by) for by in (0.9, 0.975)},
     "sync-muon-beta-0.975": replace(SYNC_MUON, beta=0.975),
-    "muon-average-moments-tau-8-to-24": replace(MUON, tau=8, tau_end=24),
+    **{f"muon-average-moments-tau-{tau}-to-{32 - tau}": replace(MUON, tau=tau, tau_end=32 - tau) for tau in (8, 4)},
     "muon-average-moments-mean-squares": replace(MUON, squares="mean"),
     "muon-gain-1.2": replace(MUON, lr=1.2),
     "muon-momentum-0.5": replace(MUON, lr=0.8, momentum=0.5),

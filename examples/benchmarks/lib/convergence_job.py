@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+GROWING = {"sync_interval": 4, "sync_interval_end": 28}  # 46 syncs in 576 steps, where one of 16 steps has 36
+
 # Each method: an EDiTConfig preset, None for the defaults but without momentum_follows_lr, which most runs here were
 # made before (the defaults are "edit-follows-lr"), and what differs from it. "sync" is the plain Trainer over
 # all ranks; "sync-same-time" too, with as many steps, and a schedule over these, as it has time for in EDiT's.
@@ -29,6 +31,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "edit-moments-4": (None, {"sync_moments": "both", "sync_moments_every": 4}),
     "edit-follows-lr": (None, {"momentum_follows_lr": True}),
     "edit-moments-follows-lr": (None, {"sync_moments": "both", "momentum_follows_lr": True}),
+    "edit-growing": (None, {"momentum_follows_lr": True, **GROWING}),
     "edit-inner-1.4": (None, {"momentum_follows_lr": True, "inner_lr_scale": 1.4}),
     "edit-inner-2": (None, {"momentum_follows_lr": True, "inner_lr_scale": 2.0}),
     "edit-moments-inner-1.4": (
@@ -55,7 +58,7 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "edit-shrinking": (None, {"sync_interval": 24, "sync_interval_end": 8}),
     "average-moments": ("post-local-sgd", {"sync_moments": "both"}),
     "edit-muon": ("muon", {}),
-    "edit-muon-growing": ("muon", {"sync_interval": 8, "sync_interval_end": 24}),
+    "edit-muon-growing": ("muon", GROWING),
     "edit-muon-delayed": ("muon", {"overlap": "delayed"}),
     "average-length": ("post-local-sgd", {"averaging": "length"}),
     "edit-no-elimination": (None, {"anomaly_threshold": None}),
