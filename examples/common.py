@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import datasets
 import torch
+from accelerate.utils import gather_object
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -80,10 +81,11 @@ def refuse(text: str) -> NoReturn:
 
 
 def resume_from(args: Any) -> str | bool | None:
-    """For `trainer.train`: the checkpoint that --resume_from_checkpoint names; with "true" the newest one, if any."""
+    """For `trainer.train`: the checkpoint that --resume_from_checkpoint names; with "true" the newest one, if any host
+    has one."""
     if (args.resume_from_checkpoint or "").lower() != "true":
         return args.resume_from_checkpoint
-    return any(Path(args.output_dir).glob("checkpoint-*"))
+    return any(gather_object([any(Path(args.output_dir).glob("checkpoint-*"))]))
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

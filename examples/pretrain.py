@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -142,9 +143,11 @@ def split_and_pack(script: ScriptArguments, args: TrainingArguments, documents: 
     """Training and validation blocks of `block_size` tokens, cut from documents that end with EOS."""
     held_out, pack = script.validation_documents, packer(tokenizer, script.block_size)
     packing = dict(batched=True, batch_size=64, remove_columns=["text"])
-    if isinstance(documents, datasets.IterableDataset):
-        eval_blocks = list(documents.take(held_out).map(pack, **packing).take(script.max_eval_blocks))
-        return documents.skip(held_out).map(pack, **packing), datasets.Dataset.from_list(eval_blocks)
+    if isinstance(documents, datasets.IterableDataset):  # by what is in them: each process skips in its own shards
+        held_out_rows = documents.filter(may_be_held_out).take(held_out)
+        eval_blocks = list(held_out_rows.map(pack, **packing).take(script.max_eval_blocks))
+        train_rows = documents.filter(lambda row: not may_be_held_out(row))
+        return train_rows.map(pack, **packing), datasets.Dataset.from_list(eval_blocks)
     if len(documents) <= held_out:
         sys.exit(
             f"The corpus has {len(documents)} documents, of which --validation_documents {held_out} are held out. Give "
@@ -158,6 +161,11 @@ def split_and_pack(script: ScriptArguments, args: TrainingArguments, documents: 
             f"{script.block_size} tokens; both need at least one. Give more text, or a smaller block."
         )
     return train_blocks, eval_blocks.select(range(min(len(eval_blocks), script.max_eval_blocks)))
+
+
+def may_be_held_out(row: dict[str, Any]) -> bool:
+    """True for one document in a hundred."""
+    return zlib.crc32(row["text"].encode()) % 100 == 0
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ class EDiTConfig:
     sync_timeout_seconds: float = _knob(
         600.0,
         "Longest wait without progress in a sync before it fails with the names of the missing replicas. NCCL counts "
-        "from a collective's start: there a whole sync must fit into it.",
+        "from a collective's start: there units_in_flight units must fit into it.",
     )
     loss_spike_threshold: float = _knob(
         6.0, "Standard deviations above the moving mean of a replica's loss that make a step's loss a spike."

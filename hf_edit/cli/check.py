@@ -18,7 +18,6 @@ from functools import partial
 import torch
 
 from hf_edit.cli.findings import Findings, find_layout, judge_launch, judge_settings
-from hf_edit.cli.job import PROTOCOL_OVERHEAD
 from hf_edit.cli.launch import Launch, read_launch, read_settings
 from hf_edit.cli.measure import measure_and_plan
 from hf_edit.cli.sizes import (
@@ -30,7 +29,6 @@ from hf_edit.cli.sizes import (
     moments,
     show_bytes,
     show_count,
-    show_rate,
     unit_sizes,
 )
 from hf_edit.config import EDiTConfig
@@ -38,7 +36,6 @@ from hf_edit.method.compression import bytes_per_element
 from hf_edit.peers.layout import Layout, ring_bytes
 
 FINE, WARNED, REFUSED = 0, 1, 2  # exit codes
-SLOW_BITS_PER_SECOND = 1e8  # a link that EDiT is made for, and that a sync's time limit should allow
 ASSUMED_UNITS = 10  # where only the number of parameters is known
 SHOWN_REPLICAS = 4
 
@@ -64,13 +61,6 @@ def costs(config: EDiTConfig, layout: Layout, on_cpu: bool, sizes: Sequence[int]
         f"memory       {memory['state']} a rank{where} for {kept}",
         f"  in a sync  {memory['buffers']} more{'' if on_cpu else ' on the device'}{host}",
     ]
-    needed = 8 * (1 + PROTOCOL_OVERHEAD) * replica_bytes / config.sync_timeout_seconds
-    if not on_cpu and config.overlap != "delayed" and needed > SLOW_BITS_PER_SECOND:
-        findings.warnings.append(
-            f"sync_timeout_seconds={config.sync_timeout_seconds:g}: with NCCL a whole sync must fit into it, so a "
-            f"replica's link needs {show_rate(needed)}. On a slower one set it higher, or overlap='delayed', "
-            "where gloo waits for progress alone."
-        )
     return lines
 
 

@@ -20,6 +20,8 @@ from hf_edit.method.penalty import (
     z_score,
 )
 
+CALLED = "called"  # the tally of a sync that a call between two syncs has brought forward
+
 
 @dataclass
 class SyncPlan:
@@ -72,10 +74,14 @@ def make_plan(
         missed: [R] syncs that each replica lacks; None: none does. What it has learnt at an anchor that the others have
             left weighs 1 / (1 + missed) as much as it would (the polynomial weights of FedAsync, arXiv 1903.03934;
             examples/benchmarks/stale.py).
+
+    Raises:
+        RuntimeError: some replicas came to this sync by a call, and others by their steps.
     """
     num_units = table.shape[1] - len(tally_names)
     norms = table[:, :num_units].sqrt().T
     tallies = dict(zip(tally_names, table[:, num_units:].T, strict=True))
+    _check_calls(tallies)
     steps = tallies["inner_steps"]
     if fragments:
         steps = torch.stack([tallies[f"fragment_steps_{fragment}"] for fragment in fragments])
@@ -90,12 +96,7 @@ def make_plan(
         idle=idle,
     )
     passed = ~(anomalous | idle)
-    if config.weighting == "norm":
-        weights = norm_weights(norms, passed, config.softmax_temperature)
-    elif config.weighting == "relative":
-        weights = relative_weights(norms, passed, config.softmax_temperature)
-    else:
-        weights = share_weights(steps if config.weighting == "steps" else torch.ones_like(steps), passed)
+    weights = _weights(norms, steps, passed, config)
     if "rows" in tallies:  # dealt out by speed: a replica's progress counts as much as it has read
         weights = _scaled(weights, tallies["rows"] if float(tallies["rows"].sum()) > 0 else tallies["share"])
     if missed is not None:
@@ -104,6 +105,26 @@ def make_plan(
     rolled_back = unchanged & anomalous.any(dim=1)
     z = z_score(norms, detectors.mean, detectors.variance)
     return SyncPlan(norms, z, weights, anomalous, restarted, unchanged, rolled_back, tallies, idle), after
+
+
+def _check_calls(tallies: dict[str, Tensor]) -> None:
+    called = [bool(count) for count in tallies[CALLED].tolist()] if CALLED in tallies else []
+    if any(called) and not all(called):
+        callers = [replica for replica, here in enumerate(called) if here]
+        raise RuntimeError(
+            f"evaluate(), predict() or save_model() was called between two syncs on ranks of replicas {callers} alone, "
+            "so replicas that have taken different numbers of steps came to one sync. Call it on all ranks, also where "
+            "one alone writes; or set control.should_evaluate or control.should_save, which all then do together."
+        )
+
+
+def _weights(norms: Tensor, steps: Tensor, passed: Tensor, config: EDiTConfig) -> Tensor:
+    """[U, R], by the norms and the steps of those that have `passed`."""
+    if config.weighting == "norm":
+        return norm_weights(norms, passed, config.softmax_temperature)
+    if config.weighting == "relative":
+        return relative_weights(norms, passed, config.softmax_temperature)
+    return share_weights(steps if config.weighting == "steps" else torch.ones_like(steps), passed)
 
 
 def _scaled(weights: Tensor, factors: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def start(collective: Callable[..., Any], *tensors: Any, group: Any, **more: Any
     if _first(tensors[0]).is_cuda:
         return collective(*tensors, group=group, async_op=True, **more)
     aliases = [[_alias(one) for one in given] if isinstance(given, list) else _alias(given) for given in tensors]
-    return _Kept(collective(*aliases, group=group, async_op=True, **more), aliases)
+    return Kept(collective(*aliases, group=group, async_op=True, **more), aliases)
 
 
 def run(collective: Callable[..., Any], *tensors: Any, group: Any, **more: Any) -> None:
@@ -65,10 +65,10 @@ def _alias(tensor: Tensor) -> Tensor:
     return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-class _Kept:
+class Kept:
     """A collective in host memory: `wait` as of its Work."""
 
-    alive: ClassVar[deque[_Kept]] = deque()  # of the process, as gloo's threads are
+    alive: ClassVar[deque[Kept]] = deque()  # of the process, as gloo's threads are
     lock = threading.Lock()  # a delayed sync has its own thread
 
     def __init__(self, work: Any, aliases: list[Any]) -> None:

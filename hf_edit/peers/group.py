@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_edit.peers.faults import Arrivals, Pending, leave_cleanly_at_exit, run, start
+from hf_edit.peers.faults import Arrivals, Kept, Pending, leave_cleanly_at_exit, run, start
 from hf_edit.peers.layout import Layout, ring_bytes
 from hf_edit.peers.replica import Replica, gather_object, own_group, with_host
 
 # A long pipe is filled by several all-reduces at a time (gloo runs two), so a large tensor goes in pieces of this size.
 PIECE_BYTES = 8 << 20
+# Inside a replica a rank may write files while the others wait; torch's own limit with gloo.
+INSIDE_SECONDS = 1800.0
 
 
 class Conversation(Protocol):
@@ -100,7 +102,8 @@ class ProcessGroupPeers:
 
     Args:
         layout: where this rank is.
-        timeout_seconds: longest wait without progress.
+        timeout_seconds: longest wait for other replicas without progress; inside a replica it is at least
+            `INSIDE_SECONDS`.
 
     All ranks of the world construct it together.
     """
@@ -112,7 +115,7 @@ class ProcessGroupPeers:
         self.num_replicas = layout.num_replicas
         self.replica = layout.replica
         self.bytes_sent = 0
-        self.inside = Replica(layout, timeout_seconds)
+        self.inside = Replica(layout, max(timeout_seconds, INSIDE_SECONDS))
         self.arrivals = Arrivals(layout, timeout_seconds)
         self._timeout = timedelta(seconds=timeout_seconds)
         self._all_ranks = [layout.sync_ranks(i) for i in range(layout.replica_size)]
@@ -205,7 +208,12 @@ class _Works:
     def wait(self) -> None:
         with self.arrivals.blame():
             for work in self.works:
-                work.wait()
+                if isinstance(work, Kept):
+                    work.wait()
+                else:
+                    # On CUDA the host waits, too. FSDP2's next collectives, queued behind a slow one, would be on
+                    # NCCL's clock (which runs from when they are queued), and their limit is not ours to set.
+                    self.arrivals.wait_for(work)
 
 
 def pieces(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -175,6 +175,7 @@ class Delayed(Blocking):
     def _beside(self, run: Running, written: Any, decided: threading.Event) -> bool:
         try:
             if written is not None:
+                torch.cuda.set_device(self._sync.device)  # of this thread: else it makes a context on device 0
                 written.synchronize()  # nothing is read that the training's stream is yet to write
             self._sync.await_plan(run)
             decided.set()

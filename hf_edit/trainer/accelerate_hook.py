@@ -243,11 +243,27 @@ def prepare_anew(model: nn.Module) -> None:
         del model._is_accelerate_prepared
 
 
-def read_everywhere(config: DataLoaderConfiguration) -> None:
-    """Every process reads the data itself; Accelerate would let process 0 send every batch of a stream to all."""
-    if config.dispatch_batches and PartialState().is_main_process:
+def read_everywhere(config: DataLoaderConfiguration) -> bool | None:
+    """Every process reads the data itself; Accelerate would let process 0 send every batch of a stream to all.
+
+    Returns:
+        What `dispatch_batches` was.
+    """
+    asked = config.dispatch_batches
+    if asked and PartialState().is_main_process:
         logger.warning("EDiT: dispatch_batches=True is turned off: every process reads its own part of the data.")
     config.dispatch_batches = False
+    return asked
+
+
+@contextlib.contextmanager
+def dispatching(config: DataLoaderConfiguration, asked: bool | None) -> Iterator[None]:
+    """Inside, loaders are prepared with `dispatch_batches=asked`."""
+    config.dispatch_batches = asked
+    try:
+        yield
+    finally:
+        config.dispatch_batches = False
 
 
 def equalise_sampler_once(loader: Any) -> None:

@@ -64,14 +64,25 @@ class TrainerCheckpoints(TrainerToBe):
         """As `Trainer.train`. A checkpoint that is not whole is never resumed from.
 
         Raises:
-            ValueError: the checkpoint that was named is not whole, or is of another model; each host saves on its own
-            disk, and a replica lies on several.
+            ValueError: the checkpoint that was named is not whole, or is of another model, or ranks name different
+            ones; each host saves on its own disk, and a replica lies on several.
         """
         self._resumed = None
         self._check_hosts()
+        if self.edit_layout.num_replicas > 1:
+            self._check_that_all_resume(resume_from_checkpoint)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_that_all_resume(self, asked: Any) -> None:
+        name = Path(asked).name if isinstance(asked, str | os.PathLike) else bool(asked)  # a host may have its own disk
+        names = self._of_all_ranks(name)
+        if len(set(names)) > 1:
+            raise ValueError(
+                f"resume_from_checkpoint differs between the ranks, which are 0 to {len(names) - 1}: {names}. Give all "
+                "the same: True on all of them takes the newest checkpoint that is whole on all."
+            )
 
     def _check_hosts(self) -> None:
         here, size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), self.edit_layout.replica_size

@@ -88,6 +88,23 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("1", "true", "yes", "on")
 
 
+def check_batches(args: Any, layout: Layout, elastic: bool) -> None:
+    """Raises ValueError for ways to make batches that replicas cannot have."""
+    if layout.num_replicas == 1:
+        return
+    if args.auto_find_batch_size and layout.replica_size > 1:
+        raise ValueError(
+            f"auto_find_batch_size=True with replicas of {layout.replica_size} ranks: where one runs out of memory in "
+            "the middle of a step, the others wait in FSDP2's collectives. Set per_device_train_batch_size, or "
+            f"num_replicas={layout.num_replicas * layout.replica_size} for replicas of one rank."
+        )
+    if elastic and args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy='batch_rebalance' with elastic=True: its sampler deals batches out to the ranks "
+            "of one launch, so every replica would read the same ones. Take another train_sampling_strategy."
+        )
+
+
 # -- the model --------------------------------------------------------------------------------------------------------
 
 

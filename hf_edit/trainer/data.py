@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from hf_edit.checkpoint.manifest import Manifest
 from hf_edit.method.conductor import Conductor
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.engine import Engine
+from hf_edit.trainer.accelerate_hook import dispatching
 from hf_edit.trainer.base import TrainerToBe
 from hf_edit.trainer.position import DataPosition
 from hf_edit.trainer.progress import GlobalSteps
@@ -29,6 +33,8 @@ class TrainerData(TrainerToBe):
     _begin_at: tuple[int, int] = (0, 0)  # epoch, batches
     _saved_position: dict[str, Any] | None = None
     _is_restored = False
+    _dispatch_asked: bool | None = None
+    _ended_early: Any = None  # the epoch's iterator that has ended on some rank which steps with this one
 
     def _place_in_data(self, rank: dict[str, Any] | None, otherwise: tuple[int, int]) -> tuple[int, int]:
         """Epoch, and batches of it, that this rank's saved state says; `otherwise` if that does not fit this run."""
@@ -67,6 +73,7 @@ class TrainerData(TrainerToBe):
         if not self._conductor.stopping:  # else it may be in the middle of the epoch
             unused = 0 if self._steps.sized else self._position.num_batches % self.args.gradient_accumulation_steps
             self._position.end_epoch(unused)
+        self._ended_early = None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """As the Trainer's; the first call of a resumed run goes to the place in the data first."""
@@ -74,7 +81,43 @@ class TrainerData(TrainerToBe):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._position.must_move:
             self._go_to_saved_place(epoch_iterator)
-        return super().get_batch_samples(self._position.watch(epoch_iterator), num_batches, device)
+        batches = self._position.watch(epoch_iterator)
+        if not self._steps.sized:
+            batches = self._as_many_as_the_others(batches, epoch_iterator, num_batches)
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def _as_many_as_the_others(self, batches: Iterator[Any], epoch_iterator: Any, num_batches: int) -> Iterator[Any]:
+        """A stream may end on one rank before it does on another; those that step together end it together."""
+        assert self._engine is not None
+        warming_up, peers = self._engine.warming_up, self._engine.peers
+        if peers.inside.size == 1 and not warming_up:
+            return batches
+        if self._ended_early is epoch_iterator:
+            return iter(())
+        drawn = list(islice(batches, num_batches))
+        counts = peers.gather_object(len(drawn)) if warming_up else peers.inside.gather_object(len(drawn))
+        if min(counts) < num_batches:
+            self._ended_early = epoch_iterator
+            self._position.num_batches -= len(drawn) - min(counts)
+        if min(counts) < max(counts):
+            self._say_once("a stream has ended on one rank before it has on another; an epoch ends with the first.")
+        return iter(drawn[: min(counts)])
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. All ranks evaluate together, so process 0 may read a stream for all, as is the default:
+        each for itself they might have different numbers of batches."""
+        with self._dispatching():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As `get_eval_dataloader`."""
+        with self._dispatching():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    def _dispatching(self) -> contextlib.AbstractContextManager[None]:
+        if self.edit_layout.num_replicas == 1:
+            return contextlib.nullcontext()
+        return dispatching(self.accelerator.dataloader_config, self._dispatch_asked)
 
     def _go_to_saved_place(self, epoch_iterator: Any) -> None:
         problem = self._position.move(epoch_iterator)

@@ -16,6 +16,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import Conductor, Move, Point
+from hf_edit.method.plan import CALLED
 from hf_edit.sync.engine import Engine
 from hf_edit.telemetry.logs import EDiTStats
 from hf_edit.trainer.base import TrainerToBe
@@ -219,4 +220,4 @@ class TrainerDecisions(TrainerToBe):
             )
         if not engine.replicas_equal:
             self._say_once(f"{what} was called between two syncs and brings the next one forward.")
-            self._receive(engine.flush(self._conductor.requests))
+            self._receive(engine.flush(self._conductor.requests | {CALLED}))

@@ -32,7 +32,7 @@ from hf_edit.trainer.accelerate_hook import (
 )
 from hf_edit.trainer.balance import TrainerBalance
 from hf_edit.trainer.checkpoints import EDiTCheckpointMark, TrainerCheckpoints
-from hf_edit.trainer.checks import check_optimizer, check_order, check_wrapping, never_due, passed_over
+from hf_edit.trainer.checks import check_batches, check_optimizer, check_order, check_wrapping, never_due, passed_over
 from hf_edit.trainer.data import TrainerData
 from hf_edit.trainer.decisions import TrainerDecisions
 from hf_edit.trainer.elastic import TrainerElastic
@@ -112,12 +112,13 @@ class EDiTMixin(
     def create_accelerator_and_postprocess(self) -> None:
         self.edit_layout: Layout = plan_layout(self.args, self.edit_config, self.model)
         check_generation(self.args, self.edit_layout, self.edit_config.warmup_steps)
+        check_batches(self.args, self.edit_layout, self._elastic)
         if self.args.process_index == 0:  # the one that reports
             go_offline_without_login(self.args.report_to)
         super().create_accelerator_and_postprocess()
         check_accelerator(self.accelerator, self.edit_layout.alone if self._elastic else self.edit_layout)
         if self.edit_layout.num_replicas > 1:
-            read_everywhere(self.accelerator.dataloader_config)
+            self._dispatch_asked = read_everywhere(self.accelerator.dataloader_config)
             ReplicaAccelerator.take_over(self.accelerator)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -74,6 +76,26 @@ def test_files_are_read(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     documents = write_corpus(path)
     script = TextArguments(train_file=str(path), text_column="text" if suffix == ".txt" else "body")
     assert [text.strip() for text in load_text(script, language_reference)["text"]] == documents
+
+
+def test_a_stream_holds_out_what_no_process_trains_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+    import datasets
+    from pretrain import may_be_held_out, split_and_pack
+
+    texts = [f"doc{number:04}" for number in range(1000)]  # with what ends it, a block each
+    stream = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=4)
+    script = SimpleNamespace(validation_documents=5, block_size=8, max_eval_blocks=64)
+    train, held_out = split_and_pack(script, None, stream, None)
+
+    def documents(blocks: Any) -> list[str]:
+        return [bytes(block["input_ids"][:-1]).decode() for block in blocks]
+
+    trained = documents(row for rank in (0, 1) for row in train.shard(2, rank))
+    assert len(documents(held_out)) == 5
+    assert not set(documents(held_out)) & set(trained)
+    assert sorted(trained) == [text for text in texts if not may_be_held_out({"text": text})]
+    assert len(trained) > 970
 
 
 def test_pretrain_reads_a_file_and_reports(tmp_path: Path) -> None:

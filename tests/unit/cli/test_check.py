@@ -278,15 +278,6 @@ def test_what_the_launcher_does(
     assert any(warning.startswith(text) for warning in check.of("warning")), check.output
 
 
-def test_a_sync_must_fit_into_nccls_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--config_file", str(CONFIGS / "two_nodes_8gpu.yaml"), "--parameters", "7b"]
-    (warning,) = Check(capsys, *words).of("warning")
-    assert "sync_timeout_seconds=600: with NCCL" in warning
-    assert "a replica's link needs 392 Mbit/s" in warning  # 8.4 * 28 GB / 600 s
-    for settings in ({"overlap": "delayed"}, {"sync_timeout_seconds": 3600}):
-        assert not Check(capsys, *words, "--edit_config", edit_file(tmp_path, **settings)).of("warning")
-
-
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [

@@ -7,7 +7,7 @@ import torch
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.penalty import DetectorState
-from hf_edit.method.plan import make_plan
+from hf_edit.method.plan import CALLED, make_plan
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,15 @@ def test_what_was_learnt_at_an_old_anchor_weighs_less() -> None:
     assert weights([1.0, 2.0], [4, 4], [0, 0]) == pytest.approx(weights([1.0, 2.0], [4, 4], None))
     assert weights([0.0, 1.0], [0, 4], [0, 3]) == [0.0, 1.0], "who lacks some is all there is"
     assert weights([torch.inf, torch.inf], [4, 4], [0, 3]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("called", [(0, 0, 0), (2, 2, 2), (2, 0, 0), (0, 1, 2)])
+def test_all_or_none_have_called(called: tuple[int, ...]) -> None:
+    table = torch.tensor([[1.0, 4.0, count] for count in called], dtype=torch.float64)
+    given = table, ["inner_steps", CALLED], DetectorState.zeros(1, 3), EDiTConfig()
+    if len(set(map(bool, called))) == 1:
+        make_plan(*given)
+        return
+    callers = [replica for replica, count in enumerate(called) if count]
+    with pytest.raises(RuntimeError, match=rf"on ranks of replicas \[{', '.join(map(str, callers))}\] alone"):
+        make_plan(*given)

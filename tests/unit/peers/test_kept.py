@@ -38,14 +38,14 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
         begun.append(Work(*tensors))
         return begun[-1]
 
-    faults._Kept.alive.clear()
+    faults.Kept.alive.clear()
     for name in ("all_reduce", "all_gather", "broadcast"):
         monkeypatch.setattr(dist, name, collective)
     return begun
 
 
 def alive() -> list[Any]:
-    return [kept.work for kept in faults._Kept.alive]
+    return [kept.work for kept in faults.Kept.alive]
 
 
 def test_a_collective_works_on_the_same_memory_and_gives_it_up_at_its_end(begun: list[Work]) -> None:

@@ -26,6 +26,7 @@ from hf_edit import EDiTConfig, EDiTMixin
 from hf_edit.peers.layout import Layout
 from hf_edit.sync.units import wrapping_groups
 from hf_edit.trainer.checks import (
+    check_batches,
     check_loop,
     check_wrapping,
     never_due,
@@ -268,3 +269,23 @@ def test_what_a_loop_of_ones_own_cannot_have(settings: dict[str, Any], text: str
     check_loop(EDiTConfig())
     with pytest.raises(ValueError, match=text):
         check_loop(EDiTConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "elastic", "text"),
+    [
+        (dict(auto_find_batch_size=True), Layout(2, 2, 0), False, "auto_find_batch_size=True with replicas of 2 ranks"),
+        (dict(auto_find_batch_size=True), Layout(2, 2, 0), True, "num_replicas=4 for replicas of one rank"),
+        (dict(auto_find_batch_size=True), Layout(4, 1, 0), False, None),
+        (dict(auto_find_batch_size=True), Layout(1, 2, 0), False, None),
+        (dict(train_sampling_strategy="batch_rebalance"), Layout(2, 1, 0), True, "every replica would read the same"),
+        (dict(train_sampling_strategy="batch_rebalance"), Layout(2, 1, 0), False, None),
+    ],
+)
+def test_ways_to_make_batches(settings: dict[str, Any], layout: Layout, elastic: bool, text: str | None) -> None:
+    args = TrainingArguments(use_cpu=True, **settings)
+    if text is None:
+        check_batches(args, layout, elastic)
+        return
+    with pytest.raises(ValueError, match=text):
+        check_batches(args, layout, elastic)
