@@ -42,13 +42,14 @@ SHOWN_REPLICAS = 4
 # -- what it comes to -------------------------------------------------------------------------------------------------
 
 
-def costs(config: EDiTConfig, layout: Layout, on_cpu: bool, sizes: Sequence[int], findings: Findings) -> list[str]:
-    """Lines on bytes and memory; warns if they do not fit a time limit."""
+def costs(config: EDiTConfig, layout: Layout, on_cpu: bool, sizes: Sequence[int]) -> list[str]:
+    """Lines on bytes and memory."""
     per_number = bytes_per_element(config.compression) + 4 * moments(config)
     num_bytes = round(per_number * sum(sizes)) // layout.replica_size
     rank_bytes = ring_bytes(num_bytes, layout.num_replicas)
     replica_bytes = rank_bytes * layout.replica_size
-    memory = {name: show_bytes(size) for name, size in memory_bytes(config, sizes, layout.replica_size).items()}
+    bytes_of = memory_bytes(config, sizes, layout.replica_size, pinned=not on_cpu)
+    memory = {name: show_bytes(size) for name, size in bytes_of.items()}
     kept = "anchor and momentum" if keeps_momentum(config) else "the anchor"
     if config.compression != "none" and config.overlap != "delayed":
         kept += f", and what {config.compression} leaves out"
@@ -56,12 +57,11 @@ def costs(config: EDiTConfig, layout: Layout, on_cpu: bool, sizes: Sequence[int]
     host = f" and {memory['host']}{'' if on_cpu else ' in host memory'}" if config.overlap == "delayed" else ""
     every = config.sync_moments_every
     which = f"; with moments, at one in {every}" if moments(config) and every > 1 else ""
-    lines = [
+    return [
         f"sent a sync  {show_bytes(rank_bytes)} a rank, {show_bytes(replica_bytes)} a replica; as much comes in{which}",
         f"memory       {memory['state']} a rank{where} for {kept}",
         f"  in a sync  {memory['buffers']} more{'' if on_cpu else ' on the device'}{host}",
     ]
-    return lines
 
 
 def describe(launch: Launch, config: EDiTConfig, layout: Layout) -> list[str]:
@@ -169,7 +169,7 @@ def _check(arguments: argparse.Namespace, findings: Findings) -> list[str]:
         known = f"in {len(sizes)} units" if model is not None else f"taken to be {len(sizes)} equal units"
         lines.append(f"model        {show_count(sum(sizes))} trained parameters {known}")
     if sizes and layout.num_replicas > 1:
-        lines += costs(config, layout, launch.on_cpu, sizes, findings)
+        lines += costs(config, layout, launch.on_cpu, sizes)
     elif layout.num_replicas > 1:
         lines.append("bytes and memory: give --model or --parameters")
     return lines

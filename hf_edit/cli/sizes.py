@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,13 +64,17 @@ def moments(config: EDiTConfig) -> int:
     return MOMENTS.index(config.sync_moments)
 
 
-def memory_bytes(config: EDiTConfig, sizes: Sequence[int], num_ranks: int) -> dict[str, float]:
+def memory_bytes(config: EDiTConfig, sizes: Sequence[int], num_ranks: int, pinned: bool = False) -> dict[str, float]:
     """What EDiT holds on a rank beside the training's own: its state always, buffers during a sync.
 
     Args:
         sizes: trained parameters of each unit.
         num_ranks: of a replica, over which they are sharded.
+        pinned: what is in host memory is, as for CUDA, each tensor rounded up to a power of two (torch 2.13).
     """
+    in_host = 4 * sum(sizes) / num_ranks
+    if pinned:
+        in_host = sum(float(1 << (math.ceil(4 * size / num_ranks) - 1).bit_length()) for size in sizes)
     whole, largest = 4 * sum(sizes) / num_ranks, 4 * max(sizes) / num_ranks
     # A residual is kept, and the next one beside the sum until a sync is applied; "auto" may come to codes at any time.
     coded = config.compression != "none" or config.tune == "auto"
@@ -81,7 +86,8 @@ def memory_bytes(config: EDiTConfig, sizes: Sequence[int], num_ranks: int) -> di
     buffers = {"none": whole * (1 + more), "forward": flying * (1 + more), "delayed": at_begin}[config.overlap]
     if config.offload_outer_state:  # comes to the device for a unit's step
         buffers += kept * largest
-    state, host = kept * whole, (2 + 2 * more) * whole if config.overlap == "delayed" else 0.0
+    state = kept * (in_host if config.offload_outer_state else whole)
+    host = (2 + 2 * more) * in_host if config.overlap == "delayed" else 0.0
     if coded and config.overlap != "delayed":
         state += whole
     return {"state": state, "buffers": buffers, "host": host}

@@ -181,14 +181,21 @@ def test_memory_on_paper(settings: dict[str, Any], state: int, buffers: int, hos
     assert memory_bytes(EDiTConfig(**settings), sizes, 2) == {"state": state, "buffers": buffers, "host": host}
 
 
+def test_pinned_memory_is_rounded_up() -> None:
+    """Of 20, 60, 120, 80 and 120 bytes to 32, 64, 128, 128 and 128."""
+    for settings, state, host in (({}, 800, 0), ({"offload_outer_state": True, "overlap": "delayed"}, 960, 960)):
+        found = memory_bytes(EDiTConfig(**settings), [10, 30, 60, 40, 60], 2, pinned=True)
+        assert (found["state"], found["host"]) == (state, host)
+
+
 def test_the_lines_on_bytes_and_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     check = Check(capsys, "--config_file", str(CONFIGS / "four_nodes_8gpu.yaml"), "--parameters", "800m",
                   "--edit_config", edit_file(tmp_path, offload_outer_state=True, overlap="delayed"))  # fmt: skip
-    # 3.2 GB, sent 2 * 3 / 4 times; anchor and momentum of 100 million; a unit's delta, average, anchor, momentum; twice
-    # all that a rank has.
+    # 3.2 GB, sent 2 * 3 / 4 times; in pinned memory anchor and momentum of ten times 40 MB, for each 64 MiB; a unit's
+    # delta, average, anchor, momentum; in pinned memory twice all that a rank has.
     assert "sent a sync  600 MB a rank, 4.8 GB a replica" in check.output
-    assert "memory       800 MB a rank in host memory for anchor and momentum" in check.output
-    assert "in a sync  160 MB more on the device and 800 MB in host memory" in check.output
+    assert "memory       1.34 GB a rank in host memory for anchor and momentum" in check.output
+    assert "in a sync  160 MB more on the device and 1.34 GB in host memory" in check.output
     assert "taken to be 10 equal units" in check.output
     assert "applied 4 steps later" in check.output
 
