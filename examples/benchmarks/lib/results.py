@@ -52,7 +52,7 @@ def _commit() -> str:
         return subprocess.run(["git", *words], cwd=BENCHMARKS, capture_output=True, text=True).stdout.strip()
 
     # What a benchmark writes into results/ is no code.
-    modified = git("status", "--porcelain", "--", ":/hf_edit", ":/examples", f":!{RESULTS}")
+    modified = git("status", "--porcelain", "--", ":/hf_edit", ":/examples", f":!{RESULTS.name}")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-modified" if modified else "")
 
 
