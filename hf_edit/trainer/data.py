@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_edit.checkpoint.manifest import Manifest
 from hf_edit.method.conductor import Conductor
 from hf_edit.peers.layout import Layout
@@ -83,10 +85,12 @@ class TrainerData(TrainerToBe):
             self._go_to_saved_place(epoch_iterator)
         batches = self._position.watch(epoch_iterator)
         if not self._steps.sized:
-            batches = self._as_many_as_the_others(batches, epoch_iterator, num_batches)
+            batches = self._as_many_as_the_others(batches, epoch_iterator, num_batches, device)
         return super().get_batch_samples(batches, num_batches, device)
 
-    def _as_many_as_the_others(self, batches: Iterator[Any], epoch_iterator: Any, num_batches: int) -> Iterator[Any]:
+    def _as_many_as_the_others(
+        self, batches: Iterator[Any], epoch_iterator: Any, num_batches: int, device: Any
+    ) -> Iterator[Any]:
         """A stream may end on one rank before it does on another; those that step together end it together."""
         assert self._engine is not None
         warming_up, peers = self._engine.warming_up, self._engine.peers
@@ -95,7 +99,10 @@ class TrainerData(TrainerToBe):
         if self._ended_early is epoch_iterator:
             return iter(())
         drawn = list(islice(batches, num_batches))
-        counts = peers.gather_object(len(drawn)) if warming_up else peers.inside.gather_object(len(drawn))
+        if warming_up:
+            counts = peers.gather_object(len(drawn))
+        else:
+            counts = peers.inside.gather(torch.tensor(len(drawn), device=device)).tolist()
         if min(counts) < num_batches:
             self._ended_early = epoch_iterator
             self._position.num_batches -= len(drawn) - min(counts)

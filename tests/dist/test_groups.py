@@ -56,6 +56,16 @@ def test_default_number_of_replicas(
     assert default_num_replicas(world, fsdp=fsdp, dp_replicate_size=given) == expected
 
 
+def test_a_short_limit_for_syncs_is_none_inside_a_replica() -> None:
+    """There a rank may write a checkpoint while the others wait."""
+
+    def body(rank: int) -> tuple[float, float]:
+        peers = ProcessGroupPeers(Layout.split(4, 2, rank), timeout_seconds=5.0)
+        return peers._timeout.total_seconds(), peers.inside._timeout.total_seconds()
+
+    assert run_ranks(4, body) == [(5.0, 1800.0)] * 4
+
+
 def test_the_three_calls_to_the_other_replicas() -> None:
     def body(rank: int) -> tuple[Any, ...]:
         peers = ProcessGroupPeers(Layout.split(6, 3, rank), 30.0)
