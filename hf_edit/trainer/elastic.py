@@ -171,8 +171,12 @@ class TrainerElastic(TrainerToBe):
     # -- files --------------------------------------------------------------------------------------------------------
 
     def _writes_files(self) -> bool:
-        """True on all ranks of the replica that writes for all: the first of those that met last."""
-        if not self._elastic or self.args.save_on_each_node:
+        """True on all ranks of the replica that writes for all, or of each with a disk of its own."""
+        return self._is_first() or self.args.save_on_each_node
+
+    def _is_first(self) -> bool:
+        """True on all ranks of the first of the replicas that met last."""
+        if not self._elastic:
             return True
         peers = self._peers
         meeting = peers.meeting if isinstance(peers, ElasticPeers) else None
@@ -211,8 +215,8 @@ class TrainerElastic(TrainerToBe):
             self._part = None
 
     def is_world_process_zero(self) -> bool:
-        """As the Trainer's; of replicas that are launches of their own, one alone has it."""
-        return super().is_world_process_zero() and self._writes_files()
+        """As the Trainer's; of replicas that are launches of their own, one alone has it, and pushes to the Hub."""
+        return super().is_world_process_zero() and self._is_first()
 
     def _output_place(self) -> Path:
         """Where this replica keeps what the others have, too, such as its journal."""

@@ -122,3 +122,22 @@ def test_a_scheduler_that_follows_the_progress_is_not_sent() -> None:
     away.hear(source)
     assert away.lr_scheduler.last_epoch == 0
     assert away.optimizer.param_groups[0]["lr"] == 1.0
+
+
+class EveryWorldsFirst:
+    def is_world_process_zero(self) -> bool:
+        return True
+
+
+class Launched(TrainerElastic, EveryWorldsFirst):
+    def __init__(self, replica: int, save_on_each_node: bool) -> None:
+        self.edit_config, self.edit_layout = CONFIG, Layout(3, 1, replica)
+        self.args, self._peers = SimpleNamespace(save_on_each_node=save_on_each_node), None
+        self._first_replica = 1
+
+
+@pytest.mark.parametrize("own_disks", [False, True])
+def test_one_replica_pushes_whoever_writes(own_disks: bool) -> None:
+    launches = [Launched(replica, own_disks) for replica in range(3)]
+    assert [launch.is_world_process_zero() for launch in launches] == [False, True, False]
+    assert [launch._writes_files() for launch in launches] == [own_disks, True, own_disks]
