@@ -65,12 +65,21 @@ class Layout:
 
 def default_num_replicas(world_size: int, *, fsdp: bool, dp_replicate_size: int | None) -> int:
     """R where the user named none: `dp_replicate_size`, else one per node; on a single node one per process, or one
-    in all with FSDP."""
+    in all with FSDP.
+
+    Raises:
+        ValueError: the nodes have different numbers of processes.
+    """
     if dp_replicate_size is not None and dp_replicate_size > 1:
         return dp_replicate_size
-    num_nodes = max(1, world_size // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
-    if num_nodes > 1:
-        return num_nodes
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if world_size % here:
+        raise ValueError(
+            f"{here} of {world_size} processes are on this machine, so the machines have different numbers of them, "
+            "and one replica a machine is none of equal size. Set num_replicas so that each lies on one machine."
+        )
+    if here < world_size:
+        return world_size // here
     return 1 if fsdp else world_size
 
 

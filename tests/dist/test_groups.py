@@ -56,6 +56,13 @@ def test_default_number_of_replicas(
     assert default_num_replicas(world, fsdp=fsdp, dp_replicate_size=given) == expected
 
 
+def test_machines_of_different_size_need_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match=r"8 of 12 processes are on this machine, .* Set num_replicas"):
+        default_num_replicas(12, fsdp=True, dp_replicate_size=None)
+    assert default_num_replicas(12, fsdp=True, dp_replicate_size=3) == 3
+
+
 def test_a_short_limit_for_syncs_is_none_inside_a_replica() -> None:
     """There a rank may write a checkpoint while the others wait."""
 
