@@ -76,7 +76,7 @@ class EDiTConfig:
         1.0,
         "Learning rate of inner steps over the schedule's, which synchronous steps take. With AdamW replicas learn "
         "more at 1.4 behind some synchronous steps (edit_warmup_steps); without these they learn less, but for one "
-        "fine-tuning of the larger of two models.",
+        "fine-tuning of the largest of three models.",
     )
     outer_optimizer: str = _knob(
         "nesterov",
