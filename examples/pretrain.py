@@ -146,6 +146,10 @@ def split_and_pack(script: ScriptArguments, args: TrainingArguments, documents: 
     if isinstance(documents, datasets.IterableDataset):  # by what is in them: each process skips in its own shards
         held_out_rows = documents.filter(may_be_held_out).take(held_out)
         eval_blocks = list(held_out_rows.map(pack, **packing).take(script.max_eval_blocks))
+        if not eval_blocks:
+            sys.exit(
+                "One document in a hundred may be held out, and the stream has none of these. Leave --streaming out."
+            )
         train_rows = documents.filter(lambda row: not may_be_held_out(row))
         return train_rows.map(pack, **packing), datasets.Dataset.from_list(eval_blocks)
     if len(documents) <= held_out:

@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_edit.method.membership import KEPT_COMMITS, Meeting, why_wait
 from hf_edit.peers.connection import Connection, Operations
 from hf_edit.peers.faults import Pending, leave_cleanly_at_exit
-from hf_edit.peers.group import pieces
+from hf_edit.peers.group import INSIDE_SECONDS, pieces
 from hf_edit.peers.layout import Layout, ring_bytes
 from hf_edit.peers.lighthouse import RETRY_SECONDS, Lighthouse
 from hf_edit.peers.replica import Replica
@@ -58,7 +58,7 @@ class ElasticPeers:
         self.num_replicas = layout.num_replicas
         self.replica = layout.replica
         self.bytes_sent = 0
-        self.inside = Replica(layout.alone, timeout_seconds)
+        self.inside = Replica(layout.alone, max(timeout_seconds, INSIDE_SECONDS))
         # What the ranks say to each other of a sync, beside the training, which talks through `inside` meanwhile.
         self.beside = Replica(layout.alone, timeout_seconds)
         self.meeting: Meeting | None = None

@@ -73,13 +73,14 @@ def default_num_replicas(world_size: int, *, fsdp: bool, dp_replicate_size: int 
     if dp_replicate_size is not None and dp_replicate_size > 1:
         return dp_replicate_size
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if world_size % here:
+    num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", max(1, world_size // here)))  # torchrun's, on all nodes
+    if num_nodes * here != world_size:
         raise ValueError(
-            f"{here} of {world_size} processes are on this machine, so the machines have different numbers of them, "
+            f"{here} of {world_size} processes are on this one of {num_nodes} machines: they have different numbers, "
             "and one replica a machine is none of equal size. Set num_replicas so that each lies on one machine."
         )
-    if here < world_size:
-        return world_size // here
+    if num_nodes > 1:
+        return num_nodes
     return 1 if fsdp else world_size
 
 

@@ -251,7 +251,9 @@ def read_everywhere(config: DataLoaderConfiguration) -> bool | None:
     """
     asked = config.dispatch_batches
     if asked and PartialState().is_main_process:
-        logger.warning("EDiT: dispatch_batches=True is turned off: every process reads its own part of the data.")
+        logger.warning(
+            "EDiT: dispatch_batches=True is turned off where replicas train: every process reads its part of the data."
+        )
     config.dispatch_batches = False
     return asked
 

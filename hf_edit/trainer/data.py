@@ -36,6 +36,7 @@ class TrainerData(TrainerToBe):
     _saved_position: dict[str, Any] | None = None
     _is_restored = False
     _dispatch_asked: bool | None = None
+    _said_uneven = False
     _ended_early: Any = None  # the epoch's iterator that has ended on some rank which steps with this one
 
     def _place_in_data(self, rank: dict[str, Any] | None, otherwise: tuple[int, int]) -> tuple[int, int]:
@@ -106,13 +107,18 @@ class TrainerData(TrainerToBe):
         if min(counts) < num_batches:
             self._ended_early = epoch_iterator
             self._position.num_batches -= len(drawn) - min(counts)
-        if min(counts) < max(counts):
-            self._say_once("a stream has ended on one rank before it has on another; an epoch ends with the first.")
+        if min(counts) < max(counts) and self.edit_layout.shard == 0 and not self._said_uneven:
+            self._said_uneven = True
+            logger.warning(
+                "EDiT: on a rank that steps with replica %d a stream has ended before it has on others; an epoch ends "
+                "with the first.", self.edit_layout.replica,
+            )  # fmt: skip
         return iter(drawn[: min(counts)])
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's. All ranks evaluate together, so process 0 may read a stream for all, as is the default:
-        each for itself they might have different numbers of batches."""
+        """As the Trainer's. All ranks evaluate together, so process 0 may read a stream for all, as is Accelerate's
+        default: each for itself they might have different numbers of batches. Batches of different widths need
+        `accelerator_config={"dispatch_batches": False}`, as Accelerate then says."""
         with self._dispatching():
             return super().get_eval_dataloader(*args, **kwargs)
 

@@ -53,14 +53,20 @@ def test_default_number_of_replicas(
     world: int, local: int, fsdp: bool, given: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
     assert default_num_replicas(world, fsdp=fsdp, dp_replicate_size=given) == expected
 
 
 def test_machines_of_different_size_need_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    with pytest.raises(ValueError, match=r"8 of 12 processes are on this machine, .* Set num_replicas"):
-        default_num_replicas(12, fsdp=True, dp_replicate_size=None)
-    assert default_num_replicas(12, fsdp=True, dp_replicate_size=3) == 3
+    for machines in ((8, 4), (8, 4, 4)):
+        monkeypatch.setenv("GROUP_WORLD_SIZE", str(len(machines)))
+        for here in machines:  # on every one of them, or the others would wait
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+            with pytest.raises(
+                ValueError, match=rf"{here} of {sum(machines)} processes are on this one of .* Set num_r"
+            ):
+                default_num_replicas(sum(machines), fsdp=True, dp_replicate_size=None)
+            assert default_num_replicas(sum(machines), fsdp=True, dp_replicate_size=4) == 4
 
 
 def test_a_short_limit_for_syncs_is_none_inside_a_replica() -> None:

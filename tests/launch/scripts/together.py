@@ -56,6 +56,21 @@ def a_stream_is_evaluated_as_by_the_plain_trainer() -> dict[str, Any]:
     return {}
 
 
+class SavesInEachEpoch(EDiTTrainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._position.num_batches == 7:
+            self.save_model(str(FOLDER / "all"))
+        return super().training_step(*args, **kwargs)
+
+
+def what_all_call_at_steps_of_their_own_is_done() -> dict[str, Any]:
+    """From the second epoch on they come to one sync by a call and by their steps."""
+    trainer = run(None, trainer=SavesInEachEpoch, rows=stream(), config=EDiTConfig(sync_interval=4), max_steps=40)
+    assert trainer.state.global_step == 40
+    assert_replicas_equal(trainer)
+    return {"syncs": trainer.edit_stats.syncs}
+
+
 class SavesAlone(EDiTTrainer):
     """Saves between two syncs, on one rank."""
 
