@@ -20,7 +20,8 @@ from hf_edit.method.penalty import (
     z_score,
 )
 
-CALLED = "called"  # the tally of a sync that a call between two syncs has brought forward
+# Tallies of those whom a call between two syncs, or the schedule, has brought to a sync; who leaves has neither.
+CALLED, DUE = "called", "due"
 
 
 @dataclass
@@ -76,7 +77,7 @@ def make_plan(
             examples/benchmarks/stale.py).
 
     Raises:
-        RuntimeError: some replicas came to this sync by a call, and others by their steps.
+        RuntimeError: some replicas came to this sync by a call, and others by their schedule.
     """
     num_units = table.shape[1] - len(tally_names)
     norms = table[:, :num_units].sqrt().T
@@ -108,13 +109,12 @@ def make_plan(
 
 
 def _check_calls(tallies: dict[str, Tensor]) -> None:
-    called = [bool(count) for count in tallies[CALLED].tolist()] if CALLED in tallies else []
-    if any(called) and not all(called):
-        callers = [replica for replica, here in enumerate(called) if here]
+    if CALLED in tallies and float(tallies[CALLED].sum()) > 0 and float(tallies[DUE].sum()) > 0:
         raise RuntimeError(
-            f"evaluate(), predict() or save_model() was called between two syncs on ranks of replicas {callers} alone, "
-            "so replicas that have taken different numbers of steps came to one sync. Call it on all ranks, also where "
-            "one alone writes; or set control.should_evaluate or control.should_save, which all then do together."
+            "evaluate(), predict() or save_model() was called between two syncs on ranks of replicas "
+            f"{tallies[CALLED].nonzero().flatten().tolist()} alone, where others had come to their next sync. Call it "
+            "on all ranks at the same step, also where one alone writes; or set control.should_evaluate or "
+            "control.should_save, which all then do together."
         )
 
 

@@ -172,7 +172,7 @@ class Engine:
                 return agreed  # what all do about it may begin with a sync of all units
             if self.config.elastic and not self._delay_steps:
                 return self._sync(requests, whole=False)
-            self._rounds.begin(requests, self._rounds.when_due, whole=False)
+            self._rounds.begin(requests, self._rounds.when_due, whole=False, due=True)
             if not self._delay_steps:
                 agreed = self._complete()
         return agreed

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.conductor import REQUESTS
-from hf_edit.method.plan import CALLED
+from hf_edit.method.plan import CALLED, DUE
 from hf_edit.sync.counts import Counts
 from hf_edit.sync.equality import Buffers
 from hf_edit.sync.overlap import Blocking, Runner, ways
@@ -39,10 +39,10 @@ class Rounds:
         self.under_way: Blocking = self.at_once
         self.all_waited = False  # in the last sync, all were at a barrier
 
-    def begin(self, requests: Collection[str], way: Blocking, whole: bool) -> None:
-        """Starts a sync: of all units if `whole`, else of the fragment that follows."""
+    def begin(self, requests: Collection[str], way: Blocking, whole: bool, due: bool = False) -> None:
+        """Starts a sync: of all units if `whole`, else of the fragment that follows; `due` by the schedule."""
         size = self._sync.replica.size
-        asked = {name: float(name in requests) for name in (*REQUESTS, "barrier", CALLED)}
+        asked = {name: float(name in requests) for name in (*REQUESTS, "barrier", CALLED)} | {DUE: float(due)}
         measured = {name: value / size for name, value in self._sync.interval.tallies(self._sync.clock()).items()}
         more = {} if self._on_begin is None else self._on_begin()
         tallies, part = self._counts.report(self._sync.sync_count, whole)

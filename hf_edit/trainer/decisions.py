@@ -128,7 +128,7 @@ class TrainerDecisions(TrainerToBe):
             return Point(
                 epoch_ended=not stepped,
                 warm_up=warm_up,
-                lockstep=self._in_lockstep,
+                lockstep=steps.lockstep and self._jit is None,  # one that must save now comes to its own syncs
                 equal=engine.replicas_equal,
                 pending=engine.sync.pending,
                 last=self.state.global_step >= self.state.max_steps or conductor.stopping or steps.out_of_data,
@@ -149,11 +149,6 @@ class TrainerDecisions(TrainerToBe):
                 self._receive(self._converse(move), by_progress=move.name in ("drain", "leave"))
         if conductor.requests:
             self._say_what_moves()
-
-    @property
-    def _in_lockstep(self) -> bool:
-        """All replicas come to the same syncs; one that must save now comes to its own."""
-        return self._steps.lockstep and self._jit is None
 
     def _converse(self, move: Move) -> set[str] | None:
         engine, requests = self._engine, self._conductor.requests
@@ -225,6 +220,4 @@ class TrainerDecisions(TrainerToBe):
             )
         if not engine.replicas_equal:
             self._say_once(f"{what} was called between two syncs and brings the next one forward.")
-            # Else one whose data have ended, or whose machine goes, may come to this sync by another way.
-            called = {CALLED} if self._in_lockstep else set()
-            self._receive(engine.flush(self._conductor.requests | called))
+            self._receive(engine.flush(self._conductor.requests | {CALLED}))

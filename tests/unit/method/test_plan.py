@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from hf_edit.config import EDiTConfig
 from hf_edit.method.penalty import DetectorState
-from hf_edit.method.plan import CALLED, make_plan
+from hf_edit.method.plan import CALLED, DUE, make_plan
 
 
 @pytest.mark.parametrize(
@@ -45,13 +47,24 @@ def test_what_was_learnt_at_an_old_anchor_weighs_less() -> None:
     assert weights([torch.inf, torch.inf], [4, 4], [0, 3]) == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("called", [(0, 0, 0), (2, 2, 2), (2, 0, 0), (0, 1, 2)])
-def test_all_or_none_have_called(called: tuple[int, ...]) -> None:
-    table = torch.tensor([[1.0, 4.0, count] for count in called], dtype=torch.float64)
-    given = table, ["inner_steps", CALLED], DetectorState.zeros(1, 3), EDiTConfig()
-    if len(set(map(bool, called))) == 1:
+@pytest.mark.parametrize(
+    ("called", "due", "callers"),
+    [
+        ((0, 0, 0), (2, 2, 2), None),
+        ((2, 2, 2), (0, 0, 0), None),
+        ((0, 2, 2), (0, 0, 0), None),  # the first one leaves
+        ((0, 0, 0), (0, 2, 2), None),
+        ((2, 0, 0), (0, 2, 2), [0]),
+        ((0, 1, 2), (2, 0, 0), [1, 2]),
+    ],
+)
+def test_nobody_calls_where_others_are_due(
+    called: tuple[int, ...], due: tuple[int, ...], callers: list[int] | None
+) -> None:
+    table = torch.tensor([[1.0, 4.0, *counts] for counts in zip(called, due, strict=True)], dtype=torch.float64)
+    given = table, ["inner_steps", CALLED, DUE], DetectorState.zeros(1, 3), EDiTConfig()
+    if callers is None:
         make_plan(*given)
         return
-    callers = [replica for replica, count in enumerate(called) if count]
-    with pytest.raises(RuntimeError, match=rf"on ranks of replicas \[{', '.join(map(str, callers))}\] alone"):
+    with pytest.raises(RuntimeError, match=re.escape(f"on ranks of replicas {callers} alone")):
         make_plan(*given)
