@@ -72,10 +72,10 @@ def memory_bytes(config: EDiTConfig, sizes: Sequence[int], num_ranks: int, pinne
         num_ranks: of a replica, over which they are sharded.
         pinned: what is in host memory is, as for CUDA, each tensor rounded up to a power of two (torch 2.13).
     """
-    in_host = 4 * sum(sizes) / num_ranks
+    whole, largest = 4 * sum(sizes) / num_ranks, 4 * max(sizes) / num_ranks
+    in_host = whole
     if pinned:
         in_host = sum(float(1 << (math.ceil(4 * size / num_ranks) - 1).bit_length()) for size in sizes)
-    whole, largest = 4 * sum(sizes) / num_ranks, 4 * max(sizes) / num_ranks
     # A residual is kept, and the next one beside the sum until a sync is applied; "auto" may come to codes at any time.
     coded = config.compression != "none" or config.tune == "auto"
     at_a_time = config.units_in_flight + coded
@@ -86,11 +86,9 @@ def memory_bytes(config: EDiTConfig, sizes: Sequence[int], num_ranks: int, pinne
     buffers = {"none": whole * (1 + more), "forward": flying * (1 + more), "delayed": at_begin}[config.overlap]
     if config.offload_outer_state:  # comes to the device for a unit's step
         buffers += kept * largest
-    state = kept * (in_host if config.offload_outer_state else whole)
+    state = kept + (coded and config.overlap != "delayed")
     host = (2 + 2 * more) * in_host if config.overlap == "delayed" else 0.0
-    if coded and config.overlap != "delayed":
-        state += whole
-    return {"state": state, "buffers": buffers, "host": host}
+    return {"state": state * (in_host if config.offload_outer_state else whole), "buffers": buffers, "host": host}
 
 
 def amount(text: str) -> int:

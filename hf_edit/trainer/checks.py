@@ -96,7 +96,8 @@ def check_batches(args: Any, layout: Layout, elastic: bool) -> None:
         raise ValueError(
             f"auto_find_batch_size=True with replicas of {layout.replica_size} ranks: where one runs out of memory in "
             "the middle of a step, the others wait in FSDP2's collectives. Set per_device_train_batch_size, or "
-            f"num_replicas={layout.num_replicas * layout.replica_size} for replicas of one rank."
+            f"num_replicas={layout.num_replicas * layout.replica_size} for replicas of one rank"
+            f"{', each a launch of one process' if elastic else ''}."
         )
     if elastic and args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(

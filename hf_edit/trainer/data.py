@@ -1,4 +1,4 @@
-"""The Trainer's place in its data: kept in its checkpoints, found again by a run that is resumed."""
+"""The Trainer's data: who reads them, where a stream ends, and the place in them that a resumed run finds again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainerData(TrainerToBe):
-    """The part of `EDiTMixin` that keeps the position in the data."""
+    """The part of `EDiTMixin` that reads the data, and keeps the position in them."""
 
     edit_layout: Layout
     _conductor: Conductor

@@ -1,3 +1,5 @@
+"""What a model says of its input embeddings and its head."""
+
 from __future__ import annotations
 
 from typing import Any
